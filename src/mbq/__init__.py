@@ -1,0 +1,3 @@
+"""Modality-balanced quantization of vision-language models."""
+
+__version__ = "0.1.0"
