@@ -97,7 +97,7 @@ def fake_quantize_activations(x: torch.Tensor, scheme: ActivationScheme) -> torc
 
 
 def _parameters(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """float32 weight [out, groups, size], and its scale and zero point [out, groups, 1]; the scale rounded as stored."""
+    """float32 weight [out, groups, size]; its scale, rounded as stored, and zero point, both [out, groups, 1]."""
     width = weight.shape[-1]
     size = scheme.group_size or width
     if width % size:
@@ -122,7 +122,7 @@ def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _signed_codes(
     grouped: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: WeightScheme
 ) -> torch.Tensor:
-    """codes - zero_point, as float32. One clamp between shifted bounds equals add, clamp and subtract: all are integers."""
+    """codes - zero_point, in float32. One clamp between shifted bounds equals add, clamp, subtract: all are integers."""
     codes = (grouped / scale).round_()
     if zero is None:
         return codes.clamp_(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1)
