@@ -45,7 +45,7 @@ class Recipe:
     parity                   reproduce the released search choice by choice
     vision_tower             scheme of the vision tower, or None to keep it in 16 bits
     max_shard_size           of a safetensors file, such as "5GB"
-    device, dtype            where and in what the float model is loaded; None and "auto" leave it to the machine and the model
+    device, dtype            where and in what the float model is loaded; None and "auto" leave it to machine and model
     trust_remote_code        run the Python files of the model's folder
 
     Raises MBQError for a value that no option has.

@@ -1,0 +1,210 @@
+"""The command line: parse, call, print. Heavy imports wait inside the commands, so that --help is quick."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mbq.errors import MBQError
+from mbq.progress import shown
+from mbq.recipe import Recipe
+
+app = typer.Typer(
+    help="Modality-balanced quantization of vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DEFAULT = Recipe()
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model's folder or its id on the Hugging Face hub.")
+]
+FolderArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="A quantized folder, or a float model's folder or id.")
+]
+Data = Annotated[str | None, typer.Option(help="Calibration rows: JSON, JSONL, or a datasets folder.", metavar="PATH")]
+Images = Annotated[str | None, typer.Option(help="The folder that the rows' image paths start from.", metavar="DIR")]
+Samples = Annotated[int, typer.Option(help="How many rows to calibrate on.")]
+Length = Annotated[int, typer.Option(help="Tokens of a sample; the rest is cut off.")]
+Batch = Annotated[int, typer.Option(help="Samples that go through the model at once.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
+Formatting = Annotated[str, typer.Option(help="plain, few-shot or interleaved.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.", show_default=False)]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files in the model's folder.")]
+Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log steps; twice: tracebacks too.")]
+
+
+def main() -> None:
+    """The entry point of the ``mbq`` command."""
+    # A terminated run removes its unfinished folder as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    app()
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register ``function`` as a command whose expected failures end in one sentence on stderr and a status."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        verbose = kwargs.get("verbose", 0)
+        _set_up_logging(verbose)
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            _fail("Interrupted; nothing was written.", 130)
+        except Exception as error:
+            sentence = _sentence(error)
+            if sentence is None or verbose > 1:
+                raise
+            _fail(sentence, 2)
+
+    app.command(name=function.__name__.removesuffix("_command"))(run)
+    return run
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user about ``error``; None for a fault of the program, which keeps its traceback."""
+    if isinstance(error, MBQError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"No space is left on the disk of {error.filename or 'the output'}; free some, or write to another disk."
+    if type(error).__name__ == "OutOfMemoryError":
+        return "The GPU's memory is full; lower --batch-size or --max-seq-length, or choose another --device."
+    return None
+
+
+def _fail(sentence: str, status: int) -> None:
+    typer.echo(f"mbq: {sentence}", err=True)
+    raise typer.Exit(status)
+
+
+def _set_up_logging(verbose: int) -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if verbose:
+        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("mbq").setLevel(logging.INFO)
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+
+
+def _errors() -> Console:
+    """Progress goes to stderr, so that stdout holds results only."""
+    return Console(stderr=True)
+
+
+@command
+def quantize_command(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="The folder to write; it must not hold anything.", metavar="DIR")],
+    scheme: Annotated[str, typer.Option(help="W2A16, W3A16, W4A16, W8A8, W4A8, W3A8 or W4A4.")] = DEFAULT.scheme,
+    method: Annotated[str, typer.Option(help="mbq, awq, fixed, smoothquant or rtn.")] = DEFAULT.method,
+    data: Data = None,
+    images: Images = None,
+    num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    formatting: Formatting = DEFAULT.formatting,
+    group_size: Annotated[
+        int | None, typer.Option(help="Input channels that share a scale (weight-only schemes; 128).")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="A linear to keep in 16 bits, by name or 're:PATTERN'; repeatable.")
+    ] = None,
+    norm: Annotated[str, typer.Option(help="The search's loss: mae or mse.")] = DEFAULT.norm,
+    vision_weight: Annotated[float, typer.Option(help="A vision token's weight for --method fixed.")] = 0.1,
+    gqa_fold: Annotated[bool, typer.Option("--gqa-fold", help="Fold o_proj into v_proj under GQA too.")] = False,
+    distorted_input: Annotated[
+        bool, typer.Option("--distorted-input", help="Search on the quantized blocks' outputs.")
+    ] = False,
+    parity: Annotated[bool, typer.Option("--parity", help="Reproduce the released search choice by choice.")] = False,
+    vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = DEFAULT.max_shard_size,
+    device: Device = None,
+    dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Quantize a vision-language model and write it as a folder that mbq and transformers load."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "output", "verbose")}
+    options["ignore"] = ignore or ()
+    Recipe.of(**options)  # a wrong option is told before torch is imported
+    from mbq.pipeline import quantize
+
+    with shown(_errors()) as progress:
+        result = quantize(model, output=output, progress=progress, **options)
+    typer.echo(str(result))
+
+
+@command
+def generate_command(
+    folder: FolderArgument,
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; repeatable.", metavar="FILE")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 128,
+    device: Device = None,
+    dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Ask a quantized or float model a question about images."""
+    from mbq.generation import answer
+
+    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    typer.echo(answer(folder, prompt, image or [], max_new_tokens=max_new_tokens, **loading))
+
+
+@command
+def sensitivity_command(
+    model: ModelArgument,
+    data: Data = None,
+    images: Images = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write sensitivity.json and sensitivity.png here.", metavar="DIR")
+    ] = None,
+    num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    formatting: Formatting = DEFAULT.formatting,
+    device: Device = None,
+    dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show how much the answer's loss depends on vision and on language tokens, block by block."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "output", "verbose")}
+    Recipe.of(**options)
+    from mbq.figures import sensitivity_table
+    from mbq.pipeline import sensitivity
+
+    with shown(_errors()) as progress:
+        measured = sensitivity(model, output=output, progress=progress, **options)
+    Console().print(sensitivity_table(measured))
+    if output is not None:
+        typer.echo(f"Wrote {output / 'sensitivity.json'} and {output / 'sensitivity.png'}.")
+
+
+@command
+def demo_command(verbose: Verbose = 0) -> None:
+    """Quantize a small trained model by every method and show what each costs."""
+    from mbq.demo import demo
+
+    demo()
