@@ -36,7 +36,7 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 wheel: $(INSTALLED)
-	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+	$(BIN)/python -m hatchling build --target wheel
 
 clean:
 	rm -rf .venv dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,110 @@
+"""README.md of a quantized folder: what it is, how it was made, which calls load it."""
+
+from __future__ import annotations
+
+import yaml
+
+from mbq.recipe import Recipe
+
+METHOD_NAMES = {
+    "rtn": "rounding to nearest (RTN)",
+    "awq": "AWQ's channel-wise equalization",
+    "smoothquant": "SmoothQuant",
+    "fixed": "channel-wise equalization with a fixed factor for vision tokens",
+    "mbq": "MBQ, modality-balanced quantization (arXiv:2412.19509)",
+}
+
+_CARD = """---
+{front_matter}---
+
+# {name}, {scheme}
+
+[{base_model}] quantized to {scheme} by {method}: {weights}{activations}.
+{before:.1f} MB before, {after:.1f} MB on disk now.
+{kept}
+
+## Load it
+
+With mbq, which keeps the weights packed:
+
+```python
+import mbq
+
+model, processor = mbq.load("{folder}")
+```
+
+or on the command line:
+
+    mbq generate {folder} --image picture.png --prompt "What is shown?"
+
+With transformers alone:
+
+{loading_note}
+
+## How it was made
+
+Every option, the seed, the versions of the packages and a hash of the calibration data are in `recipe.yaml`.
+{files}
+
+```yaml
+{recipe}```
+"""
+
+
+def model_card(
+    recipe: Recipe,
+    recipe_yaml: str,
+    *,
+    base_model: str,
+    folder_name: str,
+    loading_note: str,
+    kept: tuple[str, ...],
+    files: tuple[str, ...],
+    megabytes: tuple[float, float],
+) -> str:
+    """The card as Markdown with the hub's front matter.
+
+    ``kept`` are the patterns of what stays in 16 bits, ``files`` the measurements written beside the card,
+    ``megabytes`` the sizes of the weights before and after.
+    """
+    front_matter = {
+        "base_model": base_model,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["compressed-tensors", "mbq", recipe.numbers.name.lower()],
+    }
+    return _CARD.format(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        name=base_model.split("/")[-1],
+        base_model=base_model,
+        scheme=recipe.numbers.name,
+        method=METHOD_NAMES.get(recipe.method, recipe.method),
+        weights=_weights(recipe),
+        activations=_activations(recipe),
+        before=megabytes[0],
+        after=megabytes[1],
+        kept="In 16 bits: " + ", ".join(f"`{pattern}`" for pattern in kept) + "." if kept else "",
+        folder=folder_name,
+        loading_note=loading_note.strip(),
+        files="".join(f"{_FILES[name]}\n" for name in files).strip(),
+        recipe=recipe_yaml,
+    )
+
+
+_FILES = {
+    "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
+    "search.json": "`search.json` holds the chosen exponent α and the loss at every α, a group of linears a row.",
+}
+
+
+def _weights(recipe: Recipe) -> str:
+    weights = recipe.numbers.weights
+    kind = "symmetric" if weights.symmetric else "asymmetric"
+    span = "output row" if weights.group_size is None else f"{weights.group_size} input channels"
+    return f"{weights.bits}-bit {kind} integer weights with one scale per {span}"
+
+
+def _activations(recipe: Recipe) -> str:
+    activations = recipe.numbers.activations
+    return "" if activations is None else f", {activations.bits}-bit activations with one dynamic scale per token"
