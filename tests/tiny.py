@@ -109,7 +109,7 @@ def tokenizer(special: list[str], **named: str) -> Qwen2Tokenizer:
 
 
 def picture(seed: int = 0, size: int = 56) -> Image.Image:
-    """A random RGB picture of ``size`` × ``size`` pixels in blocks of seven."""
+    """A random RGB picture of ``size`` by ``size`` pixels in blocks of seven."""
     blocks = np.random.default_rng(seed).integers(0, 256, (size // 7, size // 7, 3), dtype=np.uint8)
     return Image.fromarray(blocks.repeat(7, axis=0).repeat(7, axis=1))
 

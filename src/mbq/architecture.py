@@ -1,8 +1,18 @@
-"""An architecture is data: where the blocks are, which linears share an input, and what comes before them."""
+"""An architecture is data: where the blocks are, which linears share an input, and what comes before them.
+
+``bind`` ties one to a loaded model and checks that every name exists.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from mbq.errors import MBQError
 
 
 @dataclass(frozen=True)
@@ -34,8 +44,9 @@ class Architecture:
     mlp_output      the same for the MLP (down_proj)
     vision_tower    path of the vision tower, from the model
     projector       path of the projector, or None where it is inside the tower
-    kept            paths that stay 16-bit although they hold linears (tower, projector, lm_head): compressed-tensors `ignore`
-    vision_tokens   config attributes that hold the ids of vision tokens ("image_token_id", "video_token_id")
+    kept            what stays 16-bit although it holds linears (tower, projector, lm_head), as compressed-tensors'
+                    ``ignore``: exact names, or "re:" expressions that match module names and checkpoint names alike
+    vision_tokens   attributes of the config (or the model) that hold the ids of vision tokens ("image_token_id")
     fused_qkv       the group "qkv" is one fused linear with interleaved rows (InternLM2's wqkv)
     """
 
@@ -49,3 +60,269 @@ class Architecture:
     kept: tuple[str, ...]
     vision_tokens: tuple[str, ...]
     fused_qkv: bool = False
+
+    def group_linears(self) -> tuple[str, ...]:
+        """Paths inside a block of every linear that a group names."""
+        return tuple(path for group in self.groups for path in group.linears)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A model and the architecture that describes it; every name in here exists.
+
+    vision_tokens   ids of the image and video tokens
+    names           full paths of the linears that are quantized, block by block
+    kept            full paths of the linears that stay 16-bit
+    """
+
+    architecture: Architecture
+    model: nn.Module
+    blocks: nn.ModuleList
+    vision_tokens: frozenset[int]
+    names: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def module(self, block: int, path: str) -> nn.Module:
+        """The module at ``path`` of a block; "" is the block itself."""
+        return self.blocks[block].get_submodule(path)
+
+    def name(self, block: int, path: str) -> str:
+        """The full path, from the model, of ``path`` in a block."""
+        return f"{self.architecture.blocks}.{block}.{path}"
+
+    @property
+    def vision_tower(self) -> nn.Module:
+        return self.model.get_submodule(self.architecture.vision_tower)
+
+    def linears(self, ignore: Sequence[str] = ()) -> list[str]:
+        """The linears to quantize without those that ``ignore`` (see ``matches``) names.
+
+        A pattern may name a linear that is kept anyway (lm_head); MBQError for one that matches no linear at all.
+        """
+        everything = self.names + self.kept
+        for pattern in ignore:
+            if not any(matches(name, pattern) for name in everything):
+                raise MBQError(
+                    f"--ignore {pattern} matches no linear of the model; give a name such as {self.names[0]}, "
+                    f"the end of one, or a regular expression such as re:.*{self.names[-1].rsplit('.', 1)[-1]}."
+                )
+        return [name for name in self.names if not any(matches(name, pattern) for pattern in ignore)]
+
+    def ignore(self, ignore: Sequence[str] = ()) -> list[str]:
+        """What compressed-tensors' ``ignore`` has to say: the architecture's own patterns, then the user's.
+
+        A plain name becomes an expression for the end of a name, since checkpoint names and module names begin
+        differently (transformers matches one, vLLM the other).
+        """
+        own = list(self.architecture.kept)
+        users = [p if p.startswith("re:") or p in own else f"re:(.*\\.)?{re.escape(p)}$" for p in ignore]
+        return own + [pattern for pattern in users if pattern not in own]
+
+    def value_rows(self, block: int) -> torch.Tensor:
+        """Rows of ``prev`` of the group "o" that make the values, [kv_head * head_dim], in the order of the heads.
+
+        All rows of v_proj; of a fused wqkv, the last of each key-value head's [queries + key + value][head_dim] rows.
+        """
+        groups = {group.name: group for group in self.architecture.groups}
+        rows = torch.arange(_linear(self.module(block, groups["o"].prev)).out_features)
+        if not self.architecture.fused_qkv:
+            return rows
+        head_dim = self.head_dim(block)
+        queries = _linear(self.module(block, self.architecture.attn_output)).in_features // head_dim
+        kv_heads = (len(rows) // head_dim - queries) // 2
+        return rows.view(kv_heads, -1, head_dim)[:, -1].flatten()
+
+    def head_dim(self, block: int) -> int:
+        """Channels of one attention head."""
+        attention = self.module(block, self.architecture.attn_output.rpartition(".")[0])
+        head_dim = getattr(attention, "head_dim", None)
+        if not isinstance(head_dim, int):
+            raise MBQError(
+                f"{type(attention).__name__} does not say its head_dim; its value heads cannot be told apart."
+            )
+        return head_dim
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` means the linear at this full path: "re:" and an expression from its start, or a name's end."""
+    if not pattern.startswith("re:"):
+        return name == pattern or name.endswith("." + pattern)
+    try:
+        return re.match(pattern[3:], name) is not None
+    except re.error as error:
+        raise MBQError(f"{pattern} is not a regular expression ({error}); mend it.") from error
+
+
+def bind(model: nn.Module) -> Binding:
+    """Find the architecture of ``model``: by its class's name, else by the structure of its blocks.
+
+    Raises MBQError if a known class lacks one of its names (a version that renamed them), or if an unknown class
+    has no list of blocks, or more than one, that looks like a known block, with one vision tower beside it.
+    """
+    # Imported here because families.py is made of the classes above.
+    from mbq.families import FAMILIES
+
+    variants = FAMILIES.get(type(model).__name__)
+    if variants is None:
+        architecture = _match_structure(model)
+    else:
+        lacking = {variant: _missing(model, variant) for variant in variants}
+        fitting = [variant for variant, missing in lacking.items() if not missing]
+        if not fitting:
+            missing = min(lacking.values(), key=len)
+            raise MBQError(
+                f"This {type(model).__name__} has no {', '.join(missing)}, where families.py expects them; "
+                "install a supported transformers (>= 5.17), or add the variant to families.py."
+            )
+        architecture = fitting[0]
+    return _bind(model, architecture)
+
+
+def _bind(model: nn.Module, architecture: Architecture) -> Binding:
+    blocks = model.get_submodule(architecture.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    paths = architecture.group_linears()
+    names = tuple(f"{architecture.blocks}.{i}.{path}" for i in range(len(blocks)) for path in paths)
+    quantized = set(names)
+    kept = tuple(name for name in _linear_names(model) if name not in quantized)
+    for name in kept:
+        if not any(
+            name == pattern or (pattern[:3] == "re:" and matches(name, pattern)) for pattern in architecture.kept
+        ):
+            raise MBQError(
+                f"{type(model).__name__} holds the linear {name}, which families.py neither quantizes nor keeps; "
+                "add it to a group, or to `kept`."
+            )
+    return Binding(architecture, model, blocks, _vision_tokens(model, architecture), names, kept)
+
+
+def _vision_tokens(model: nn.Module, architecture: Architecture) -> frozenset[int]:
+    holders = (getattr(model, "config", None), model)
+    found = (getattr(holder, name, None) for name in architecture.vision_tokens for holder in holders)
+    ids = frozenset(value for value in found if isinstance(value, int))
+    if not ids:
+        raise MBQError(
+            f"The config of {type(model).__name__} has none of {', '.join(architecture.vision_tokens)}; "
+            "without the id of the image token, vision tokens cannot be told from text."
+        )
+    return ids
+
+
+def _missing(model: nn.Module, architecture: Architecture) -> list[str]:
+    """Names of ``architecture`` that ``model`` does not have."""
+    outside = [architecture.blocks, architecture.vision_tower, architecture.projector or ""]
+    missing = [path for path in outside if not _has(model, path)]
+    if architecture.blocks in missing:
+        return missing
+    for i, block in enumerate(model.get_submodule(architecture.blocks).children()):
+        missing += [f"{architecture.blocks}.{i}.{path}" for path in _paths(architecture) if not _has(block, path)]
+    return missing
+
+
+def _paths(architecture: Architecture) -> list[str]:
+    named = [path for g in architecture.groups for path in (g.prev, g.inspect, *g.linears)]
+    return list(dict.fromkeys([*named, architecture.attn_output, architecture.mlp_output]))
+
+
+def _match_structure(model: nn.Module) -> Architecture:
+    """The architecture of an unknown class whose blocks have exactly the parts of a known block."""
+    from mbq.families import FAMILIES, VISION_TOKENS
+
+    layouts = {variant.groups: variant for variants in FAMILIES.values() for variant in variants}.values()
+    found = [(path, layout) for path, blocks in _lists(model) for layout in layouts if _same_parts(blocks, layout)]
+    towers = [] if len(found) != 1 else vision_blocks(model, outside=found[0][0])
+    if len(found) != 1 or len(towers) != 1:
+        looked_for = " or ".join(", ".join(layout.group_linears()) for layout in layouts)
+        raise MBQError(
+            f"{type(model).__name__} is no known family ({', '.join(FAMILIES)}), and not clearly like one: looked for "
+            f"one list of blocks with {looked_for}, found {len(found)}, and one vision tower beside it, found "
+            f"{len(towers)}; add it to families.py."
+        )
+    (path, layout), tower = found[0], towers[0][0]
+    size = len(list(model.get_submodule(path).children()))
+    quantized = {f"{path}.{i}.{name}" for i in range(size) for name in layout.group_linears()}
+    parts = dict.fromkeys(_part(name, path) for name in _linear_names(model) if name not in quantized)
+    return replace(
+        layout,
+        model_class=type(model).__name__,
+        blocks=path,
+        vision_tower=_part(tower, path),
+        projector=None,
+        kept=tuple(_pattern(part, quantized) for part in parts),
+        vision_tokens=VISION_TOKENS,
+    )
+
+
+def vision_blocks(model: nn.Module, outside: str) -> list[tuple[str, tuple[LinearGroup, ...]]]:
+    """Lists of vision blocks in ``model`` but not under ``outside``: full path, and the groups that fit it."""
+    from mbq.families import VISION_GROUPS
+
+    return [
+        (path, groups)
+        for path, blocks in _lists(model)
+        if not f"{path}.".startswith(f"{outside}.")
+        for groups in VISION_GROUPS
+        if all(_has(block, name) for block in blocks for g in groups for name in (g.prev, *g.linears))
+    ]
+
+
+def _same_parts(blocks: list[nn.Module], layout: Architecture) -> bool:
+    """Every block has the layout's modules and no other that holds weights, but norms of single heads."""
+    expected = {path for group in layout.groups for path in (group.prev, *group.linears)}
+    for block in blocks:
+        held = {name for name, module in block.named_modules() if list(module.parameters(recurse=False))}
+        if {name for name in held if name.rpartition(".")[2] not in ("q_norm", "k_norm")} != expected:
+            return False
+        if not all(_norm_scales_by_weight(block.get_submodule(group.prev)) for group in layout.groups):
+            return False
+    return True
+
+
+def _norm_scales_by_weight(module: nn.Module) -> bool:
+    """False for a norm that multiplies by 1 + weight (Gemma), into which a vector cannot be folded by division."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    weights = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
+    with torch.no_grad():
+        output = torch.func.functional_call(module, weights, (torch.ones(1, 1, *weight.shape).to(weight),))
+    return not output.any()
+
+
+def _part(name: str, blocks: str) -> str:
+    """The largest module around ``name`` that does not hold the decoder blocks: "model.vision_tower", "lm_head"."""
+    steps = name.split(".")
+    prefixes = (".".join(steps[: i + 1]) for i in range(len(steps)))
+    return next(prefix for prefix in prefixes if not f"{blocks}.".startswith(f"{prefix}."))
+
+
+def _pattern(part: str, quantized: set[str]) -> str:
+    if part == "lm_head":
+        return part
+    pattern = f"re:.*{re.escape(part.rpartition('.')[2])}.*"
+    return f"re:{re.escape(part)}.*" if any(matches(name, pattern) for name in quantized) else pattern
+
+
+def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Every ModuleList that is not empty: its path and its items."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            yield path, list(module)
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
