@@ -1,0 +1,87 @@
+"""The paper's first figure: how much the loss feels vision and language tokens, a block a row."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from mbq.errors import MBQError
+
+if TYPE_CHECKING:
+    from mbq.sensitivity import Sensitivity
+
+PART_NAMES = {"attn": "attention", "mlp": "MLP"}
+COLOURS = {"language": "#c1452b", "vision": "#2b6cb0"}
+_BAR = 24
+
+
+def sensitivity_table(sensitivity: Sensitivity) -> Table:
+    """A row a block: mean absolute gradient of both modalities after attention and MLP, and language over vision.
+
+    The bars show the attention's two values on one logarithmic scale.
+    """
+    table = Table(title="Mean |gradient| of the answer's loss", title_justify="left")
+    table.add_column("block", justify="right")
+    for part in PART_NAMES:
+        for column in ("language", "vision", "ratio"):
+            table.add_column(f"{part} {column}", justify="right")
+    table.add_column("attn language over vision, log scale", no_wrap=True)
+    language, vision = sensitivity.language, sensitivity.vision
+    low, high = _range([*language["attn"], *vision["attn"]])
+    for block in range(len(language["attn"])):
+        cells = [str(block)]
+        for part in PART_NAMES:
+            cells += _cells(language[part][block], vision[part][block])
+        bars = (
+            f"[{COLOURS[modality]}]{_bar(values['attn'][block], low, high)}[/]"
+            for modality, values in (("language", language), ("vision", vision))
+        )
+        table.add_row(*cells, "\n".join(bars))
+    return table
+
+
+def _cells(language: float, vision: float) -> list[str]:
+    ratio = f"{language / vision:.1f}" if vision else "-"  # nothing attends to the last block's vision tokens
+    return [f"{language:.2e}", f"{vision:.2e}", ratio]
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    """Whole powers of ten around the values that are not zero."""
+    positive = [value for value in values if value > 0]
+    if not positive:
+        raise MBQError("Every gradient is zero; calibrate on other samples or try --dtype float32.")
+    return math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)) + 1e-9)
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    if value <= 0:
+        return ""
+    return "█" * max(1, round(_BAR * (math.log10(value) - low) / max(high - low, 1)))
+
+
+def save_sensitivity_picture(sensitivity: Sensitivity, path: Path, title: str) -> None:
+    """Write a PNG: a panel for attention and one for the MLP, a block a row, one bar a modality, log scale."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    blocks = range(len(sensitivity.language["attn"]))
+    figure = Figure(figsize=(9, 1.5 + 0.3 * len(blocks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, (part, name) in zip(figure.subplots(1, 2, sharey=True), PART_NAMES.items(), strict=True):
+        for shift, modality in ((-0.2, "language"), (0.2, "vision")):
+            values = getattr(sensitivity, modality)[part]
+            rows = [block + shift for block in blocks]
+            panel.barh(rows, values, height=0.4, color=COLOURS[modality], label=f"{modality} tokens")
+        panel.set_xscale("log")
+        panel.set_title(name)
+        panel.set_xlabel("mean |dL/dY|")
+        panel.set_yticks(list(blocks))
+    first, last = figure.axes
+    first.set_ylabel("block")
+    first.invert_yaxis()
+    last.legend(loc="best", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150)
