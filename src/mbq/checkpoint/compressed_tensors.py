@@ -1,0 +1,180 @@
+"""The compressed-tensors checkpoint format: ``quantization_config`` and the tensors of a folder.
+
+``pack-quantized``  dense int32 words (``packing``), for everything but
+``int-quantized``   int8 codes, for 8-bit weights with 8-bit activations
+
+Every group of the config names its own format: compressed-tensors would otherwise expect unpacked codes wherever
+activations are quantized. A model whose linears are ``QuantLinear`` saves with ``save_model`` under the names of the
+original checkpoint, because transformers reverses its renaming of keys on saving.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compressed_tensors.utils import is_match
+from torch import nn
+from transformers import PreTrainedModel
+
+from mbq.errors import MBQError
+from mbq.kernels.packed import is_packed
+from mbq.qlinear import QuantLinear
+from mbq.scheme import ActivationScheme, Scheme, WeightScheme
+
+
+def quantization_config(
+    scheme: Scheme, ignore: Sequence[str], others: Mapping[str, Scheme] | None = None
+) -> dict[str, Any]:
+    """What ``config.json`` says under ``quantization_config``, with every quantization argument spelled out.
+
+    scheme  of every ``nn.Linear`` that ``ignore`` does not name
+    ignore  paths of modules, or regular expressions as "re:.*visual.*", that stay in floating point
+    others  schemes of further linears, by regular expression ("re:.*visual.*"); these must not be in ``ignore``
+    """
+    targets = {**(others or {}), "Linear": scheme}
+    groups = {f"group_{i}": _group(target, each) for i, (target, each) in enumerate(targets.items())}
+    formats = {group["format"] for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
+    """Put an empty ``QuantLinear`` wherever ``config`` (a ``quantization_config``) says so; their names, in order.
+
+    Raises MBQError for a config that mbq cannot run, or one that matches no linear.
+    """
+    schemes = {target: _scheme(group, config) for group in _groups(config) for target in group["targets"]}
+    ignore = config.get("ignore") or []
+    replaced = []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or is_match(name, module, ignore):
+            continue
+        scheme = next((schemes[target] for target in schemes if is_match(name, module, target)), None)
+        if scheme is None:
+            continue
+        weight = module.weight
+        bias = module.bias is not None
+        layer = QuantLinear(module.in_features, module.out_features, scheme, bias, weight.dtype, weight.device)
+        model.set_submodule(name, layer)
+        replaced.append(name)
+    if not replaced:
+        raise MBQError("quantization_config in config.json matches no linear of this model; check its ignore patterns.")
+    return replaced
+
+
+def save_model(
+    model: PreTrainedModel, folder: Path, config: Mapping[str, Any], max_shard_size: int | str = "5GB"
+) -> None:
+    """Write config.json, generation_config.json and sharded safetensors of ``model``, which has ``QuantLinear`` layers.
+
+    config  the ``quantization_config``; it must name exactly the layers that are quantized, or MBQError is raised
+    """
+    check_names(model, config)
+    before = getattr(model.config, "quantization_config", None)
+    model.config.quantization_config = dict(config)
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    finally:
+        del model.config.quantization_config
+        if before is not None:
+            model.config.quantization_config = before
+
+
+def check_names(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Raise MBQError if ``config`` would quantize a float linear of ``model``, or leave out a quantized one."""
+    targets = [target for group in _groups(config) for target in group["targets"] if target != "Linear"]
+    every = any("Linear" in group["targets"] for group in _groups(config))
+    ignore = config.get("ignore") or []
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, QuantLinear)):
+            continue
+        named = every or is_match(name, module, targets)
+        if (named and not is_match(name, module, ignore)) != isinstance(module, QuantLinear):
+            state = "quantized" if isinstance(module, QuantLinear) else "not quantized"
+            raise MBQError(f"{name} is {state}, but the ignore patterns {ignore} say otherwise; correct --ignore.")
+
+
+def loading_note(scheme: Scheme) -> str:
+    """Markdown for the model card: which call of transformers loads a folder of this scheme, and what it computes."""
+    dequantize = "`quantization_config=CompressedTensorsConfig(dequantize=True)`"
+    if not scheme.weights.symmetric:
+        return (
+            f"transformers loads this folder only with {dequantize}: the plain call does not read packed zero points "
+            "(compressed-tensors 0.18 to 0.20). The weights are then those that `mbq.load` runs, unpacked."
+        )
+    if scheme.activations is None:
+        return f"transformers loads this folder with the plain call or with {dequantize}, to the same weights."
+    levels = 2**scheme.activations.bits - 1
+    return (
+        "transformers loads this folder with the plain call and then quantizes the activations too, but "
+        f"compressed-tensors divides a token's largest value by {levels / 2} where `mbq.load` (and the paper) divide by {levels // 2}, "
+        f"so logits differ slightly; with {dequantize} the weights are the same and the activations stay in 16 bit."
+    )
+
+
+def _group(target: str, scheme: Scheme) -> dict[str, Any]:
+    weights, activations = scheme.weights, scheme.activations
+    return {
+        "targets": [target],
+        "format": "pack-quantized" if is_packed(scheme) else "int-quantized",
+        "weights": {
+            "num_bits": weights.bits,
+            "type": "int",
+            "symmetric": weights.symmetric,
+            "strategy": "group" if weights.group_size else "channel",
+            "group_size": weights.group_size,
+            "dynamic": False,
+        },
+        "input_activations": activations
+        and {
+            "num_bits": activations.bits,
+            "type": "int",
+            "symmetric": True,
+            "strategy": "token",
+            "group_size": None,
+            "dynamic": True,
+        },
+        "output_activations": None,
+    }
+
+
+def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    groups = config.get("config_groups") or {}
+    if not groups or not all(isinstance(group, Mapping) and group.get("weights") for group in groups.values()):
+        raise MBQError("quantization_config in config.json names no weights; mbq.load reads folders that mbq wrote.")
+    return list(groups.values())
+
+
+def _scheme(group: Mapping[str, Any], config: Mapping[str, Any]) -> Scheme:
+    """The scheme of a group, or MBQError naming what is not supported."""
+    weights, inputs = group["weights"], group.get("input_activations")
+    size = weights.get("group_size") if weights.get("strategy") == "group" else None
+    activations = None if inputs is None else ActivationScheme(inputs["num_bits"])
+    name = f"W{weights['num_bits']}A{activations.bits if activations else 16}"
+    scheme = Scheme(name, WeightScheme(weights["num_bits"], weights["symmetric"], size), activations)
+    form = group.get("format") or config.get("format")
+    if form != ("pack-quantized" if is_packed(scheme) else "int-quantized"):
+        raise MBQError(f"Format {form!r} of {name} in config.json is not one that mbq.load reads; use transformers.")
+    unsupported = {
+        "weights": weights.get("type", "int") != "int" or weights.get("strategy") not in ("group", "channel"),
+        "bits": weights["num_bits"] not in (2, 3, 4, 8),
+        "act order": bool(weights.get("actorder")),
+        "input_activations": inputs is not None
+        and (inputs.get("strategy"), inputs.get("dynamic"), inputs.get("symmetric")) != ("token", True, True),
+        "output_activations": bool(group.get("output_activations")),
+    }
+    for what, found in unsupported.items():
+        if found:
+            raise MBQError(
+                f"The {what} of {name} in config.json are not of a kind that mbq.load runs; use transformers."
+            )
+    return scheme

@@ -1,0 +1,90 @@
+"""An output folder that appears whole, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mbq.errors import MBQError
+
+
+@contextmanager
+def new_folder(path: str | Path, needs: int = 0) -> Iterator[Path]:
+    """A temporary sibling of ``path`` to write into; it becomes ``path`` when the block ends without an exception.
+
+    needs  bytes that will be written, as far as is known; checked against the free space first
+
+    Raises MBQError where ``path`` exists and is not an empty folder, where the disk is full, and where the place
+    cannot be written. Whatever ends the block otherwise, KeyboardInterrupt too, removes all that was written.
+    """
+    path = Path(path).expanduser().absolute()
+    check_new(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < needs:
+            raise MBQError(_full(path, needs, free))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _sync(temporary)
+        check_new(path)
+        os.replace(temporary, path)  # over an empty folder, too
+        _sync_entry(path.parent)
+    except OSError as error:
+        raise MBQError(_sentence(path, needs, error)) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(path: str | Path) -> None:
+    """Raise MBQError unless ``path`` does not exist or is an empty folder: before hours of work, not after."""
+    path = Path(path)
+    if path.is_dir() and any(path.iterdir()):
+        raise MBQError(f"The output folder {path} is not empty; choose another one or remove it.")
+    if path.exists() and not path.is_dir():
+        raise MBQError(f"The output {path} is a file; choose the path of a new folder.")
+
+
+def _sentence(path: Path, needs: int, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _full(path, needs, None)
+    return f"{path} cannot be written ({error.strerror or error}); choose another output folder."
+
+
+def _full(path: Path, needs: int, free: int | None) -> str:
+    about = f": the model needs about {needs / 1e9:.2f} GB" if needs else ""
+    left = f" and {free / 1e9:.2f} GB are free" if needs and free is not None else ""
+    return f"The disk of {path} is full{about}{left}; free some space or choose another output folder."
+
+
+def _sync(folder: Path) -> None:
+    """Bring every file to the disk, so that a crash after the rename cannot leave a folder of empty files."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(root, name), "rb+") as file:
+                os.fsync(file.fileno())
+        _sync_entry(Path(root))
+
+
+def _sync_entry(folder: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

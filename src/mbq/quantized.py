@@ -1,0 +1,140 @@
+"""Load a folder that ``mbq quantize`` wrote, with its weights packed; a float folder loads as it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from mbq.checkpoint.compressed_tensors import replace_linears
+from mbq.errors import MBQError
+from mbq.kernels import KERNELS
+from mbq.qlinear import QuantLinear
+
+
+def load(
+    folder: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    kernel: str = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model of ``folder`` in eval mode, ready to ``generate``; quantized linears are ``QuantLinear``, packed.
+
+    device  where to; None is the CPU
+    dtype   of the float parameters and activations; None is the checkpoint's
+    kernel  "auto" or a name of ``mbq.kernels.KERNELS``
+
+    Raises MBQError where the folder is no model, was quantized in a way that mbq does not run, or is damaged.
+    """
+    folder = Path(folder).expanduser()
+    if kernel != "auto" and kernel not in KERNELS:
+        raise MBQError(f"Unknown kernel {kernel!r}; choose auto or one of {', '.join(KERNELS)}.")
+    config = _read_config(folder, trust_remote_code)
+    quantized = getattr(config, "quantization_config", None)
+    model_class = _model_class(config, folder, trust_remote_code)
+    if quantized is not None:
+        if not isinstance(quantized, dict):
+            quantized = quantized.to_dict()
+        if quantized.get("quant_method") != "compressed-tensors":
+            method = quantized.get("quant_method")
+            raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
+        del config.quantization_config
+        loaded_class = _packed_class(model_class, quantized)
+    else:
+        loaded_class = model_class
+    model = _from_pretrained(loaded_class, folder, config, dtype or "auto", device or "cpu")
+    model.__class__ = model_class
+    if quantized is not None:
+        model.config.quantization_config = quantized
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantLinear):
+                _check_shape(name, layer, folder)
+                layer.use(kernel)
+    return model.eval()
+
+
+def is_quantized(folder: str | Path) -> bool:
+    """Whether config.json of ``folder`` says that its weights are quantized, by whatever tool."""
+    path = Path(folder) / "config.json"
+    return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
+
+
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+    if not (folder / "config.json").is_file():
+        raise MBQError(f"{folder} holds no config.json; give the folder of a model.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise MBQError(
+            f"config.json of {folder} cannot be read ({_first_line(error)}); mend or copy it anew."
+        ) from error
+
+
+def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class that ``architectures`` of config.json names, from transformers or from the folder's own code."""
+    names = config.architectures or []
+    if trust_remote_code:
+        for reference in (getattr(config, "auto_map", None) or {}).values():
+            if isinstance(reference, str) and reference.split(".")[-1] in names:
+                return get_class_from_dynamic_module(reference, str(folder))
+    found = getattr(transformers, names[0], None) if names else None
+    if found is None:
+        hint = "; its own code needs trust_remote_code" if getattr(config, "auto_map", None) else ""
+        raise MBQError(f"architectures in config.json of {folder} is {names}, which transformers does not have{hint}.")
+    return found
+
+
+def _packed_class(model_class: type[PreTrainedModel], quantized: dict[str, Any]) -> type[PreTrainedModel]:
+    """``model_class`` whose constructor ends by replacing linears, so that ``from_pretrained`` finds packed layers.
+
+    transformers' own loading (renamed keys, shards, tied weights, dtype, device) then does the rest. Name and module
+    are the original's: transformers looks up its key renaming by them.
+    """
+
+    def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        model_class.__init__(self, *args, **kwargs)
+        replace_linears(self, quantized)
+
+    body = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+    return type(model_class.__name__, (model_class,), body)
+
+
+def _from_pretrained(
+    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: torch.dtype | str, device: str | torch.device
+) -> PreTrainedModel:
+    try:
+        loaded: Any = model_class.from_pretrained(
+            folder, config=config, dtype=dtype, device_map=str(device), output_loading_info=True
+        )
+        model, info = loaded
+    except MBQError:
+        raise
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise MBQError(
+            f"The weights in {folder} cannot be loaded ({_first_line(error)}); copy the folder anew."
+        ) from error
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if info.get(what):
+            names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info[what])
+            raise MBQError(
+                f"{folder} is damaged: {len(names)} {what.replace('_', ' ')} such as {names[0]}; copy the folder anew."
+            )
+    return model
+
+
+def _check_shape(name: str, layer: QuantLinear, folder: Path) -> None:
+    shape = [layer.out_features, layer.in_features]
+    if "weight_shape" in layer._buffers and layer.weight_shape.tolist() != shape:
+        raise MBQError(f"{folder} is damaged: weight_shape of {name} is {layer.weight_shape.tolist()}, not {shape}.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:200].rstrip(".")
