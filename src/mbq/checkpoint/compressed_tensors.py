@@ -116,8 +116,9 @@ def loading_note(scheme: Scheme) -> str:
     levels = 2**scheme.activations.bits - 1
     return (
         "transformers loads this folder with the plain call and then quantizes the activations too, but "
-        f"compressed-tensors divides a token's largest value by {levels / 2} where `mbq.load` (and the paper) divide by {levels // 2}, "
-        f"so logits differ slightly; with {dequantize} the weights are the same and the activations stay in 16 bit."
+        f"compressed-tensors divides a token's largest value by {levels / 2} where `mbq.load` (and the paper) divide "
+        f"by {levels // 2}, so logits differ; with {dequantize} the weights are those that `mbq.load` runs and the "
+        "activations stay in 16 bit."
     )
 
 
