@@ -1,0 +1,226 @@
+"""The one place that runs a model block by block: what goes in, what comes out, and with other weights.
+
+Hidden states and activations are lists with one tensor a calibration batch, because batches have different lengths.
+They are kept on ``storage`` (by default where they were made) and brought to the block's device for each run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from mbq.architecture import Binding, LinearGroup
+from mbq.calibration import CalibrationBatch
+
+_CACHES = ("past_key_value", "past_key_values")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call of a module, without the hidden states where the module is a block."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device) -> Call:
+        return Call(_moved(self.args, device, {}), _moved(self.kwargs, device, {}))
+
+
+@dataclass(frozen=True)
+class GroupTrace:
+    """What one group of one block saw in the float model; a tensor or call a batch.
+
+    inputs   [batch, token, channel]: what the group's linears read
+    calls    how the block called the group's inspected module
+    outputs  [batch, token, channel]: what the inspected module returned
+    """
+
+    inputs: list[torch.Tensor]
+    calls: list[Call]
+    outputs: list[torch.Tensor]
+
+
+@torch.no_grad()
+def capture(
+    binding: Binding, batches: Sequence[CalibrationBatch], storage: torch.device | None = None
+) -> tuple[list[torch.Tensor], list[list[Call]]]:
+    """The first block's hidden states [batch, token, channel] a batch, and ``calls[block][batch]`` of every block.
+
+    The model runs as far as its last block; caches are off.
+    """
+    hidden: list[torch.Tensor] = []
+    calls: list[list[Call]] = [[] for _ in binding.blocks]
+    memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states, call = _split(args, kwargs)
+        if index == 0:
+            hidden.append(states.to(storage or states.device))
+        calls[index].append(Call(_moved(call.args, storage, memo), _moved(call.kwargs, storage, memo)))
+        if index == len(calls) - 1:
+            raise _LastBlock
+
+    with hooked() as hooks, evaluating(binding.model):
+        for index, block in enumerate(binding.blocks):
+            hook = _before(before, index)
+            hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+        for batch in batches:
+            memo.clear()
+            try:
+                forward(binding.model, batch)
+            except _LastBlock:
+                continue
+    return hidden, calls
+
+
+def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
+    """The model's output for a batch, on the model's device and without a cache."""
+    return model(**_moved(batch.inputs, device_of(model), {}), use_cache=False)
+
+
+def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+    """The block's output [batch, token, channel], on the block's device."""
+    device = device_of(block)
+    call = call.to(device)
+    return _first(block(hidden.to(device), *call.args, **call.kwargs))
+
+
+@torch.no_grad()
+def trace(
+    block: nn.Module,
+    groups: Sequence[LinearGroup],
+    hidden: Sequence[torch.Tensor],
+    calls: Sequence[Call],
+    storage: torch.device | None = None,
+) -> tuple[dict[str, GroupTrace], list[torch.Tensor]]:
+    """One forward of the block a batch: the trace of each group by its name, and the block's outputs."""
+    traces = {group.name: GroupTrace([], [], []) for group in groups}
+    outputs = []
+
+    def read(found: GroupTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.inputs.append(_moved(args[0], storage, {}))
+
+    def called(found: GroupTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.calls.append(Call(_moved(args, storage, {}), _moved(kwargs, storage, {})))
+
+    with hooked() as hooks, evaluating(block):
+        for group in groups:
+            found = traces[group.name]
+            inspected = block.get_submodule(group.inspect)
+            linear = block.get_submodule(group.linears[0])
+            hooks.append(linear.register_forward_pre_hook(_before(read, found), with_kwargs=True))
+            hooks.append(inspected.register_forward_pre_hook(_before(called, found), with_kwargs=True))
+            hooks.append(inspected.register_forward_hook(_after(found.outputs, storage)))
+        for states, call in zip(hidden, calls, strict=True):
+            outputs.append(_moved(run(block, states, call), storage, {}))
+    return traces, outputs
+
+
+@torch.no_grad()
+def run_with(
+    module: nn.Module,
+    call: Call,
+    weights: Mapping[str, torch.Tensor],
+    read: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The module's output with other weights in some of its linears, which then read ``read(input)``.
+
+    ``weights`` maps a linear's path in the module ("" where the module is the linear) to its weight [out, in]. The
+    module itself stays as it is.
+    """
+    parameters = {f"{name}.weight" if name else "weight": weight for name, weight in weights.items()}
+    call = call.to(device_of(module))
+    with hooked() as hooks, evaluating(module):
+        if read is not None:
+            for name in weights:
+                hook = _reading(read)
+                hooks.append(module.get_submodule(name).register_forward_pre_hook(hook))
+        return _first(torch.func.functional_call(module, parameters, call.args, call.kwargs))
+
+
+def device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+class _LastBlock(Exception):
+    """Ends a forward pass that has shown all that was asked for."""
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, Call]:
+    """Hidden states and the rest of a block's arguments, with the cache taken out."""
+    kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False
+    hidden = args[0] if args else kwargs.pop("hidden_states")
+    return hidden, Call(tuple(args[1:]), kwargs)
+
+
+def _before(record: Callable[..., None], subject: Any) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record(subject, args, kwargs)
+
+    return hook
+
+
+def _after(outputs: list[torch.Tensor], storage: torch.device | None) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        outputs.append(_moved(_first(output), storage, {}))
+
+    return hook
+
+
+def _reading(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[torch.Tensor]]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        return (read(args[0]),)
+
+    return hook
+
+
+def _first(output: Any) -> torch.Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _moved(value: Any, device: torch.device | None, memo: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """``value`` with its tensors on ``device`` (None: where they are).
+
+    A tensor that blocks share stays shared: ``memo`` maps its id to itself (so that the id stays taken) and its copy.
+    """
+    if device is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        if id(value) not in memo:
+            memo[id(value)] = (value, value.to(device))
+        return memo[id(value)][1]
+    if isinstance(value, Mapping):
+        return {name: _moved(item, device, memo) for name, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_moved(item, device, memo) for item in value)
+    return value
+
+
+@contextmanager
+def hooked() -> Iterator[list[RemovableHandle]]:
+    handles: list[RemovableHandle] = []
+    try:
+        yield handles
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

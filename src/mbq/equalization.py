@@ -1,0 +1,173 @@
+"""Channel-wise equalization: candidates, the loss, weights of tokens, the choice and the fold. Pure tensor code.
+
+A group of linears reads X [token, channel]. A vector E, one positive number a channel, is multiplied into the columns
+of their weights and divided out of what comes before, so the float model is unchanged:
+``W X = (W diag(E)) (diag(E)^-1 X)``. (AWQ, arXiv 2306.00978; MBQ, arXiv 2412.19509.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mbq.errors import MBQError
+
+ALPHAS = tuple(step / 20 for step in range(20))
+POWERS = {"mae": 1, "mse": 2}
+_LEAST_CANDIDATE = 1e-4
+_LEAST_MAXIMUM = 1e-5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A group's vector [channel] in float32, the alpha that made it, and the loss at every alpha of ``ALPHAS``."""
+
+    equalization: torch.Tensor
+    alpha: float
+    losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenRoles:
+    """What each token of the whole calibration set is; bool [token], batches one after the other.
+
+    vision    vision tokens
+    language  positions that count as language
+    counted   tokens that statistics and uniform weights see: all but padding, in the parity mode padding too
+    """
+
+    vision: torch.Tensor
+    language: torch.Tensor
+    counted: torch.Tensor
+
+
+def candidates(mean_abs: torch.Tensor) -> torch.Tensor:
+    """E at every alpha of ``ALPHAS``, [alpha, channel], from the mean over tokens of |X|, [channel].
+
+    E = clamp(mean^alpha, min 1e-4) / sqrt(max * min): the geometric middle of a candidate's range is 1.
+    """
+    powers = torch.stack([mean_abs.float().pow(alpha) for alpha in ALPHAS]).clamp(min=_LEAST_CANDIDATE)
+    low, high = torch.aminmax(powers, dim=1, keepdim=True)
+    return powers / (high * low).sqrt()
+
+
+def token_loss(target: torch.Tensor, output: torch.Tensor, weights: torch.Tensor, power: int) -> torch.Tensor:
+    """sum over tokens of w_t * mean over channels of |target - output|^power (MBQ, eq. 17); a float64 scalar.
+
+    target, output [token, channel]; weights [token]. Power 1 is MAE, 2 is MSE.
+    """
+    difference = (target.float() - output.float()).abs_()
+    if power != 1:
+        difference = difference.pow_(power)
+    return difference.mean(-1).double() @ weights.double()
+
+
+def uniform_weights(roles: TokenRoles) -> torch.Tensor:
+    """AWQ: 1/N for each of the N counted tokens."""
+    return roles.counted.double() / roles.counted.sum()
+
+
+def fixed_weights(roles: TokenRoles, vision_weight: float) -> torch.Tensor:
+    """1 for a language token, a constant for a vision token (MBQ's first experiment, with 0.1)."""
+    return roles.language.double() + vision_weight * roles.vision.double()
+
+
+def mae_weights(roles: TokenRoles, ratio: float) -> torch.Tensor:
+    """MBQ's MAE as released: 1 for a language token, ``ratio`` for a vision token, over the number of both."""
+    return fixed_weights(roles, ratio) / (roles.language.sum() + roles.vision.sum())
+
+
+def mse_weights(roles: TokenRoles, ratio: float) -> torch.Tensor:
+    """MBQ's MSE as released: the mean over language tokens plus ``ratio`` times the mean over vision tokens."""
+    return roles.language.double() / roles.language.sum() + ratio * roles.vision.double() / roles.vision.sum()
+
+
+def gradient_weights(roles: TokenRoles, language: float, vision: float) -> torch.Tensor:
+    """MBQ's eq. 14-17 as written: the mean absolute gradient of the token's own modality."""
+    return language * roles.language.double() + vision * roles.vision.double()
+
+
+def best_candidate(mean_abs: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor], name: str) -> Choice:
+    """The candidate with the least ``loss(E)``, the first of equals; one that is not finite never wins.
+
+    Raises MBQError, with the group's ``name``, where no candidate has a finite loss.
+    """
+    vectors = candidates(mean_abs)
+    losses = torch.stack([loss(vector) for vector in vectors]).tolist()
+    finite = [index for index, value in enumerate(losses) if math.isfinite(value)]
+    if not finite:
+        raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")
+    best = min(finite, key=losses.__getitem__)
+    return Choice(vectors[best], ALPHAS[best], tuple(losses))
+
+
+def smoothquant_vector(max_abs: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:
+    """E_j = max|X_j|^alpha / max|W_j|^(1 - alpha), [channel] (SmoothQuant, arXiv 2211.10438, eq. 4).
+
+    max_abs [channel]; weights [out, channel], all that read X. Both maxima are at least 1e-5.
+    """
+    largest = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0)
+    return max_abs.float().clamp(min=_LEAST_MAXIMUM) ** alpha / largest.clamp(min=_LEAST_MAXIMUM) ** (1 - alpha)
+
+
+def source_rows(rows: int, channels: int, head_dim: int | None = None, fused: bool = False) -> torch.Tensor | None:
+    """Which of the ``rows`` outputs of the linear before makes each of the ``channels`` inputs; None where unknown.
+
+    One to one where the numbers agree. Under grouped-query attention channel (kv head, query head, d) of o_proj comes
+    from row (kv head, d) of v_proj; in InternLM2's fused wqkv, whose rows are (kv head, query heads + key + value, d),
+    from the last of each kv head.
+    """
+    if rows == channels and not fused:
+        return torch.arange(channels)
+    if head_dim is None:
+        return None
+    kv_heads = (rows - channels) // 2 // head_dim if fused else rows // head_dim
+    if kv_heads < 1 or channels % (kv_heads * head_dim):
+        return None
+    sharing = channels // (kv_heads * head_dim)
+    stride, value = (sharing + 2, sharing + 1) if fused else (1, 0)
+    first = (torch.arange(kv_heads) * stride + value) * head_dim
+    return (first[:, None, None] + torch.arange(head_dim)).expand(kv_heads, sharing, head_dim).flatten()
+
+
+def shared_mean(values: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """``values`` [channel], each replaced by the mean over the channels with the same source row."""
+    sources = sources.to(values.device)
+    total = torch.zeros(int(sources.max()) + 1, dtype=values.dtype, device=values.device)
+    count = torch.zeros_like(total).index_add_(0, sources, torch.ones_like(values))
+    return (total.index_add_(0, sources, values) / count.clamp(min=1))[sources]
+
+
+@torch.no_grad()
+def fold(vector: torch.Tensor, before: nn.Module, sources: torch.Tensor, linears: Sequence[nn.Module]) -> None:
+    """Divide ``before`` (a norm's or linear's weight rows and bias) by E, multiply the linears' columns by it, in place.
+
+    vector [channel]; sources [channel]: the row of ``before`` behind each channel. Rows that feed no channel stay.
+    """
+    divisor = torch.ones(len(before.weight), device=vector.device)
+    divisor[sources.to(vector.device)] = vector
+    for parameter in (before.weight, getattr(before, "bias", None)):
+        if parameter is not None:
+            shape = (-1, *[1] * (parameter.ndim - 1))
+            parameter.copy_(parameter.float() / divisor.to(parameter.device).view(shape))
+    for linear in linears:
+        linear.weight.copy_(linear.weight.float() * vector.to(linear.weight.device))
+
+
+@torch.no_grad()
+def check_norm(norm: nn.Module, name: str) -> None:
+    """Raise MBQError unless the norm's output is proportional to its weight (in Gemma's it is to 1 + weight)."""
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim == 1:
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+        probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
+        if not bool(torch.func.functional_call(norm, zeros, (probe,)).any()):
+            return
+    raise MBQError(
+        f"{name} ({type(norm).__name__}) does not multiply by its weight, so nothing can be folded into it; "
+        "use --method rtn for this model."
+    )

@@ -1,0 +1,62 @@
+"""What a method is: two functions and the options that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from mbq.equalization import POWERS, Choice
+from mbq.errors import MBQError
+from mbq.group import Group
+from mbq.qtensor import QTensor
+from mbq.scheme import WeightScheme
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Options of the search; each method reads those that it has.
+
+    norm             "mae" or "mse"; None is the method's own: "mse" for awq (as in its paper), "mae" for fixed and mbq
+    objective        of mbq: "released", or "paper" for the weights of eq. 14-17 (mean absolute gradients, no floor)
+    vision_weight    of a vision token in the method fixed, where a language token has 1
+    smooth_alpha     SmoothQuant's alpha
+    floor            the least ratio of mbq's released objective; None is the median over blocks
+    gqa_fold         fold o's vector into v under grouped-query attention too
+    distorted_input  a block reads what the quantized blocks before it give; the targets stay the float model's outputs
+    parity           the released search choice by choice: padding counts in statistics and in awq's loss, and the
+                     answer tokens themselves are the language positions
+    """
+
+    norm: str | None = None
+    objective: str = "released"
+    vision_weight: float = 0.1
+    smooth_alpha: float = 0.5
+    floor: float | None = None
+    gqa_fold: bool = False
+    distorted_input: bool = False
+    parity: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in (None, *POWERS):
+            raise MBQError(f"The norm is {self.norm!r}; choose one of {', '.join(POWERS)}.")
+        if self.objective not in ("released", "paper"):
+            raise MBQError(f"The objective is {self.objective!r}; choose released or paper.")
+        if self.parity and self.gqa_fold:
+            raise MBQError("--parity reproduces a search without the v to o fold; leave --gqa-fold out.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a group's vector is chosen, and how a weight becomes codes.
+
+    equalize  (group, options) -> the vector, or None to leave the group alone; None: nothing is equalized
+    round     (weight [out, in], scheme) -> codes
+    weighs    equalize needs a Sensitivity
+    """
+
+    name: str
+    equalize: Callable[[Group, SearchOptions], Choice | None] | None
+    round: Callable[[torch.Tensor, WeightScheme], QTensor]
+    weighs: bool = False
