@@ -43,6 +43,7 @@ Length = Annotated[int, typer.Option(help="Tokens of a sample; the rest is cut o
 Batch = Annotated[int, typer.Option(help="Samples that go through the model at once.")]
 Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
 Formatting = Annotated[str, typer.Option(help="plain, few-shot or interleaved.")]
+Text = Annotated[str | None, typer.Option(help="Plain text for --formatting interleaved.", metavar="FILE")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.", show_default=False)]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files in the model's folder.")]
@@ -122,13 +123,15 @@ def quantize_command(
     batch_size: Batch = DEFAULT.batch_size,
     seed: Seed = DEFAULT.seed,
     formatting: Formatting = DEFAULT.formatting,
+    text: Text = None,
     group_size: Annotated[
         int | None, typer.Option(help="Input channels that share a scale (weight-only schemes; 128).")
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="A linear to keep in 16 bits, by name or 're:PATTERN'; repeatable.")
     ] = None,
-    norm: Annotated[str, typer.Option(help="The search's loss: mae or mse.")] = DEFAULT.norm,
+    norm: Annotated[str | None, typer.Option(help="The search's loss: mae or mse; the method's own.")] = None,
+    objective: Annotated[str, typer.Option(help="mbq's weights: released or paper.")] = DEFAULT.objective,
     vision_weight: Annotated[float, typer.Option(help="A vision token's weight for --method fixed.")] = 0.1,
     gqa_fold: Annotated[bool, typer.Option("--gqa-fold", help="Fold o_proj into v_proj under GQA too.")] = False,
     distorted_input: Annotated[
@@ -165,10 +168,11 @@ def generate_command(
     verbose: Verbose = 0,
 ) -> None:
     """Ask a quantized or float model a question about images."""
-    from mbq.generation import answer
+    from mbq.generation import generate
+    from mbq.loading import load
 
-    loading = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    typer.echo(answer(folder, prompt, image or [], max_new_tokens=max_new_tokens, **loading))
+    model, processor = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    typer.echo(generate(model, processor, prompt, image or [], max_new_tokens))
 
 
 @command
@@ -184,6 +188,7 @@ def sensitivity_command(
     batch_size: Batch = DEFAULT.batch_size,
     seed: Seed = DEFAULT.seed,
     formatting: Formatting = DEFAULT.formatting,
+    text: Text = None,
     device: Device = None,
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: Trust = False,
@@ -192,13 +197,20 @@ def sensitivity_command(
     """Show how much the answer's loss depends on vision and on language tokens, block by block."""
     options = {name: value for name, value in locals().items() if name not in ("model", "output", "verbose")}
     Recipe.of(**options)
-    from mbq.figures import sensitivity_table
-    from mbq.pipeline import sensitivity
+    from mbq.checkpoint.folder import check_new, new_folder
+    from mbq.figures import save_sensitivity_picture, sensitivity_table
+    from mbq.output import write_json
+    from mbq.pipeline import measure_sensitivity
 
+    if output is not None:
+        check_new(output)
     with shown(_errors()) as progress:
-        measured = sensitivity(model, output=output, progress=progress, **options)
+        measured = measure_sensitivity(model, progress=progress, **options)
     Console().print(sensitivity_table(measured))
     if output is not None:
+        with new_folder(output) as folder:
+            write_json(folder / "sensitivity.json", measured.to_json())
+            save_sensitivity_picture(measured, folder / "sensitivity.png", Path(model).name)
         typer.echo(f"Wrote {output / 'sensitivity.json'} and {output / 'sensitivity.png'}.")
 
 

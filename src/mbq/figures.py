@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.table import Table
 
 from mbq.errors import MBQError
@@ -15,20 +16,25 @@ if TYPE_CHECKING:
 
 PART_NAMES = {"attn": "attention", "mlp": "MLP"}
 COLOURS = {"language": "#c1452b", "vision": "#2b6cb0"}
-_BAR = 24
+_BAR = 20
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:
-    """A row a block: mean absolute gradient of both modalities after attention and MLP, and language over vision.
+    """A row a block: mean absolute gradient of both modalities after attention and after the MLP, and their ratio.
 
     The bars show the attention's two values on one logarithmic scale.
     """
-    table = Table(title="Mean |gradient| of the answer's loss", title_justify="left")
+    table = Table(
+        title="Mean |gradient| of the answer's loss at the outputs of attention (attn) and MLP (mlp)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     table.add_column("block", justify="right")
     for part in PART_NAMES:
         for column in ("language", "vision", "ratio"):
-            table.add_column(f"{part} {column}", justify="right")
-    table.add_column("attn language over vision, log scale", no_wrap=True)
+            table.add_column(f"{part}\n{column}", justify="right", no_wrap=True)
+    table.add_column("attn, log scale\nlanguage over vision", no_wrap=True)
     language, vision = sensitivity.language, sensitivity.vision
     low, high = _range([*language["attn"], *vision["attn"]])
     for block in range(len(language["attn"])):
@@ -45,7 +51,7 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
 
 def _cells(language: float, vision: float) -> list[str]:
     ratio = f"{language / vision:.1f}" if vision else "-"  # nothing attends to the last block's vision tokens
-    return [f"{language:.2e}", f"{vision:.2e}", ratio]
+    return [f"{language:.1e}", f"{vision:.1e}", ratio]
 
 
 def _range(values: list[float]) -> tuple[float, float]:

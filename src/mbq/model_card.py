@@ -64,8 +64,8 @@ def model_card(
 ) -> str:
     """The card as Markdown with the hub's front matter.
 
-    ``kept`` are the patterns of what stays in 16 bits, ``files`` the measurements written beside the card,
-    ``megabytes`` the sizes of the weights before and after.
+    ``kept`` are the patterns of what stays in 16 bits, ``files`` the names of the files beside the card, ``megabytes``
+    the sizes of the weights before and after.
     """
     front_matter = {
         "base_model": base_model,
@@ -87,14 +87,14 @@ def model_card(
         kept="In 16 bits: " + ", ".join(f"`{pattern}`" for pattern in kept) + "." if kept else "",
         folder=folder_name,
         loading_note=loading_note.strip(),
-        files="".join(f"{_FILES[name]}\n" for name in files).strip(),
+        files="".join(f"{text}\n" for name, text in _FILES.items() if name in files).strip(),
         recipe=recipe_yaml,
     )
 
 
 _FILES = {
     "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
-    "search.json": "`search.json` holds the chosen exponent α and the loss at every α, a group of linears a row.",
+    "search.json": "`search.json` holds the chosen alpha and the loss at every alpha, a group of linears a row.",
 }
 
 

@@ -38,7 +38,9 @@ class Recipe:
     group_size               input channels that share a scale, in place of the scheme's 128 (weight-only schemes)
     ignore                   linears that stay 16-bit: full names, or regular expressions after "re:"
     formatting               how samples become sequences (the paper's section on calibration data)
-    norm                     of the search's loss: "mae" or "mse"
+    text                     the plain text that "interleaved" puts between two samples
+    norm                     of the search's loss: "mae" or "mse"; None is the method's own
+    objective                of the method "mbq": the released one, or the paper's eq. 14-17
     vision_weight            weight of a vision token for the method "fixed"; an answer token has 1
     gqa_fold                 fold o_proj's vector into v_proj under grouped-query attention too
     distorted_input          the search sees the quantized blocks' output, not the float model's
@@ -57,12 +59,14 @@ class Recipe:
     images: str | None = None
     num_calibration_samples: int = _at_least(1, 128)
     max_seq_length: int = _at_least(1, 2048)
-    batch_size: int = _at_least(1, 4)
+    batch_size: int = _at_least(1, 1)
     seed: int = _at_least(0, 0)
     group_size: int | None = None
     ignore: tuple[str, ...] = ()
     formatting: str = _one_of("plain", "plain", "few-shot", "interleaved")
-    norm: str = _one_of("mae", "mae", "mse")
+    text: str | None = None
+    norm: str | None = _one_of(None, None, "mae", "mse")
+    objective: str = _one_of("released", "released", "paper")
     vision_weight: float = 0.1
     gqa_fold: bool = False
     distorted_input: bool = False
@@ -80,6 +84,8 @@ class Recipe:
             raise MBQError(f"--vision-weight is {self.vision_weight}; give a number from 0 up, such as 0.1.")
         if self.parity and self.gqa_fold:
             raise MBQError("--parity reproduces a search without the v to o fold; leave --gqa-fold out.")
+        if self.formatting == "interleaved" and self.text is None:
+            raise MBQError("--formatting interleaved puts plain text between samples; give a file with --text.")
         _ = self.numbers  # an unknown scheme or an impossible group size
 
     @classmethod
@@ -93,7 +99,7 @@ class Recipe:
             options["ignore"] = (options["ignore"],)
         if "ignore" in options:
             options["ignore"] = tuple(options["ignore"])
-        for name in ("data", "images"):
+        for name in ("data", "images", "text"):
             if options.get(name) is not None:
                 options[name] = str(options[name])
         return cls(**options)
@@ -134,7 +140,7 @@ def recipe_yaml(recipe: Recipe, base_model: str, data_hash: str | None) -> str:
 
     Folders are the machine's own business: of a path, only the last part is written.
     """
-    named = replace(recipe, data=_last_part(recipe.data), images=_last_part(recipe.images))
+    named = replace(recipe, **{name: _last_part(getattr(recipe, name)) for name in ("data", "images", "text")})
     options = asdict(named) | {"ignore": list(recipe.ignore), "group_size": recipe.numbers.weights.group_size}
     content = {"model": base_model, **options, "data_sha256": data_hash, "versions": package_versions()}
     return yaml.safe_dump(content, sort_keys=False)

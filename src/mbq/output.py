@@ -1,0 +1,92 @@
+"""What a quantized folder holds besides weights: everything to load it, to judge it and to make it again."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbq.architecture import Binding
+from mbq.checkpoint.compressed_tensors import loading_note, quantization_config, save_model
+from mbq.checkpoint.folder import new_folder
+from mbq.model_card import model_card
+from mbq.recipe import Recipe, recipe_yaml
+from mbq.search import GroupSearch
+from mbq.sensitivity import Sensitivity
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the run found out, for the files beside the weights.
+
+    data_hash       SHA-256 of the rows and their pictures, or None without data
+    bytes_before    of the float model's tensors
+    bytes_after     of the quantized model's
+    """
+
+    data_hash: str | None
+    sensitivity: Sensitivity | None
+    search: list[GroupSearch]
+    bytes_before: int
+    bytes_after: int
+
+
+def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe, name: str, found: Measured) -> Path:
+    """Write the folder, whole or not at all: weights, configs, tokenizer, processor, recipe, measurements, card.
+
+    ``name`` is the folder or hub id of the float model. Raises MBQError as ``new_folder`` does.
+    """
+    model: Any = binding.model
+    base_model = Path(name).name if Path(name).is_dir() else name
+    ignore = binding.ignore(recipe.ignore)
+    with new_folder(output, needs=found.bytes_after) as folder:
+        save_model(model, folder, quantization_config(recipe.numbers, ignore), recipe.max_shard_size)
+        processor.save_pretrained(folder)
+        _copy_code(name, folder)
+        text = recipe_yaml(recipe, base_model, found.data_hash)
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        if found.sensitivity is not None:
+            write_json(folder / "sensitivity.json", found.sensitivity.to_json())
+        if found.search:
+            write_json(folder / "search.json", [row.to_json() for row in found.search])
+        card = model_card(
+            recipe,
+            text,
+            base_model=base_model,
+            folder_name=output.name,
+            loading_note=loading_note(recipe.numbers),
+            kept=tuple(ignore),
+            files=tuple(file.name for file in sorted(folder.glob("*.json"))),
+            megabytes=(found.bytes_before / 1e6, sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return output
+
+
+def _copy_code(name: str, folder: Path) -> None:
+    """Remote code travels with the model; what transformers copied already stays."""
+    for file in sorted(Path(name).glob("*.py")) if Path(name).is_dir() else ():
+        if not (folder / file.name).exists():
+            shutil.copy(file, folder / file.name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A list gets an item a line, so that people and diff can read it. NaN and infinity, which JSON lacks, are null."""
+    content = _finite(content)
+    if isinstance(content, list):
+        text = "[\n" + ",\n".join(json.dumps(item) for item in content) + "\n]\n"
+    else:
+        text = json.dumps(content, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,263 @@
+"""The whole of it: load, bind, calibrate, sensitivity, equalize, quantize, pack, write."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbq.architecture import Binding, bind
+from mbq.calibration import CalibrationBatch, calibration_batches
+from mbq.checkpoint.folder import check_new
+from mbq.errors import MBQError
+from mbq.loading import load_model, load_processor
+from mbq.methods import METHODS
+from mbq.output import Measured, write_folder
+from mbq.progress import Progress, silent
+from mbq.qlinear import QuantLinear
+from mbq.recipe import Recipe
+from mbq.rows import Row, check_images, data_hash, read_rows
+from mbq.search import GroupSearch, Method, SearchOptions, equalize_model
+from mbq.sensitivity import Sensitivity, measure
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """What ``quantize`` made.
+
+    model        the quantized model, its weights packed; it generates
+    processor    the model's processor
+    recipe       every option
+    folder       what was written, or None
+    sensitivity  gradients a block, or None where the method needs none
+    search       a row a group: the chosen alpha and the loss at every alpha
+    seconds      of each step, by its name
+    bytes_before, bytes_after  of the model's parameters, float and quantized
+    """
+
+    model: Any = field(repr=False)
+    processor: Any = field(repr=False)
+    recipe: Recipe
+    folder: Path | None
+    sensitivity: Sensitivity | None = field(repr=False)
+    search: list[GroupSearch] = field(repr=False)
+    seconds: dict[str, float]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        made = f"{self.recipe.numbers.name} by {self.recipe.method} in {sum(self.seconds.values()):.1f} s"
+        sizes = f"{self.bytes_before / 1e6:.1f} MB became {self.bytes_after / 1e6:.1f} MB"
+        return f"{made}: {sizes}." + (f"\nWrote {self.folder}" if self.folder else "")
+
+
+def quantize(
+    model: str | Path | nn.Module,
+    processor: Any = None,
+    *,
+    scheme: str = "W3A16",
+    method: str = "mbq",
+    data: str | Path | list[Row] | None = None,
+    images: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> QuantizationResult:
+    """Quantize a vision-language model, and write it to the new folder ``output`` if one is given.
+
+    model    a folder, a hub id, or a loaded model with its ``processor``; a loaded model is copied, not changed
+    data     calibration rows: a file or folder that ``read_rows`` reads, or its rows; the method "rtn" needs none
+    options  the other fields of ``Recipe``
+
+    Raises MBQError for whatever the caller can mend; ``output`` then does not exist.
+    """
+    rows = data if isinstance(data, list) else None
+    recipe = Recipe.of(scheme=scheme, method=method, data=None if rows else data, images=images, **options)
+    chosen = _method(recipe.method)
+    if output is not None:
+        check_new(output)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "load"):
+        rows = _rows(recipe, rows)  # before the model, which takes longer
+        own, processor, name = _float_model(model, processor, recipe)
+        binding = bind(own)
+        targets = binding.linears(recipe.ignore)
+        _check_weights(binding, targets, recipe)
+    before = _bytes(own)
+    with _timed(seconds, "calibrate"):
+        batches = _batches(rows, processor, binding, recipe)
+    sensitivity = None
+    if chosen.weighs:
+        with _timed(seconds, "sensitivity"):
+            sensitivity = _measured(binding, batches, recipe, progress)
+    with _timed(seconds, "search"):
+        search = equalize_model(
+            binding,
+            batches,
+            chosen,
+            recipe.numbers,
+            _search_options(recipe),
+            sensitivity=sensitivity,
+            targets=targets,
+            progress=progress,
+        )
+    with _timed(seconds, "quantize"):
+        _pack_linears(binding.model, targets, chosen, recipe, progress)
+    after, folder = _bytes(own), None
+    if output is not None:
+        with _timed(seconds, "write"):
+            found = Measured(data_hash(rows) if rows else None, sensitivity, search, before, after)
+            folder = write_folder(Path(output), binding, processor, recipe, name, found)
+    return QuantizationResult(own, processor, recipe, folder, sensitivity, search, seconds, before, after)
+
+
+def measure_sensitivity(
+    model: str | Path | nn.Module,
+    processor: Any = None,
+    *,
+    data: str | Path | list[Row] | None = None,
+    images: str | Path | None = None,
+    progress: Progress = silent,
+    **options: Any,
+) -> Sensitivity:
+    """The mean absolute gradient of each block, for vision and language tokens; the model is left as it was."""
+    rows = data if isinstance(data, list) else None
+    recipe = Recipe.of(data=None if rows else data, images=images, **options)
+    rows = _rows(recipe, rows)
+    own, processor, _ = _float_model(model, processor, recipe, keep=True)
+    binding = bind(own)
+    _check_weights(binding, [], recipe)
+    return _measured(binding, _batches(rows, processor, binding, recipe), recipe, progress)
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise MBQError(f"Unknown method {name!r}; choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def _rows(recipe: Recipe, rows: list[Row] | None) -> list[Row]:
+    if not recipe.needs_data:
+        return []
+    if rows is None:
+        if recipe.data is None:
+            raise MBQError(
+                f"{recipe.method} calibrates on image-text pairs; give them with --data, or choose --method rtn."
+            )
+        rows = read_rows(recipe.data, recipe.images)
+    check_images(rows)
+    return rows
+
+
+def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False) -> tuple[Any, Any, str]:
+    """The model to work on, its processor and its name. ``keep`` promises to leave a loaded model as it is."""
+    if isinstance(model, nn.Module):
+        if processor is None:
+            raise MBQError("A loaded model comes with its processor; give quantize(model, processor, ...).")
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+    else:
+        name = str(model)
+        loading = {"trust_remote_code": recipe.trust_remote_code}
+        device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        processor = processor or load_processor(name, **loading)
+        model, keep = load_model(name, device=device, dtype=recipe.dtype, **loading), True
+    if getattr(model.config, "quantization_config", None) is not None or _holds_packed(model):
+        raise MBQError(f"{name} is already quantized; give the float model that it was made from.")
+    return model if keep else copy.deepcopy(model), processor, name
+
+
+def _holds_packed(model: nn.Module) -> bool:
+    return any(isinstance(module, QuantLinear) for module in model.modules())
+
+
+def _check_weights(binding: Binding, targets: list[str], recipe: Recipe) -> None:
+    """Raise MBQError for numbers that are not finite, and for a width that groups do not divide."""
+    for name, weight in binding.model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise MBQError(f"{name} holds NaN or infinite numbers; the checkpoint is damaged, so fetch it again.")
+    size = recipe.numbers.weights.group_size
+    for name in targets if size else []:
+        width = _linear(binding.model, name).in_features
+        if width % size:
+            raise MBQError(
+                f"{name} reads {width} channels, no multiple of the group size {size}; choose a --group-size that "
+                f"divides it, or keep it in 16 bits with --ignore {name}."
+            )
+
+
+def _batches(rows: list[Row], processor: Any, binding: Binding, recipe: Recipe) -> list[CalibrationBatch]:
+    if not rows:
+        return []
+    return calibration_batches(
+        rows,
+        processor,
+        set(binding.vision_tokens),
+        num_samples=recipe.num_calibration_samples,
+        max_length=recipe.max_seq_length,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        formatting=recipe.formatting,
+        text=recipe.text,
+    )
+
+
+def _measured(binding: Binding, batches: list[CalibrationBatch], recipe: Recipe, progress: Progress) -> Sensitivity:
+    def done(count: int) -> None:
+        progress("sensitivity", count, len(batches), "")
+
+    return measure(binding, batches, parity=recipe.parity, progress=done)
+
+
+def _search_options(recipe: Recipe) -> SearchOptions:
+    return SearchOptions(
+        norm=recipe.norm,
+        objective=recipe.objective,
+        vision_weight=recipe.vision_weight,
+        gqa_fold=recipe.gqa_fold,
+        distorted_input=recipe.distorted_input,
+        parity=recipe.parity,
+    )
+
+
+@torch.no_grad()
+def _pack_linears(model: nn.Module, targets: list[str], method: Method, recipe: Recipe, progress: Progress) -> None:
+    """Replace each linear of ``targets`` by its packed layer; the float weight is freed at once."""
+    scheme = recipe.numbers
+    for done, name in enumerate(targets, start=1):
+        linear = _linear(model, name)
+        codes = method.round(linear.weight, scheme.weights)
+        layer = QuantLinear.from_qtensor(codes, scheme, linear.bias)
+        layer.use("auto")
+        model.set_submodule(name, layer)
+        progress("quantize", done, len(targets), name)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers; tied ones once."""
+    tensors: Mapping[int, torch.Tensor] = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    log.info("%s", step)
+    started = time.perf_counter()
+    yield
+    seconds[step] = time.perf_counter() - started
+    log.info("%s took %.1f s", step, seconds[step])
