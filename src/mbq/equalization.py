@@ -114,23 +114,23 @@ def smoothquant_vector(max_abs: torch.Tensor, weights: Sequence[torch.Tensor], a
     return max_abs.float().clamp(min=_LEAST_MAXIMUM) ** alpha / largest.clamp(min=_LEAST_MAXIMUM) ** (1 - alpha)
 
 
-def source_rows(rows: int, channels: int, head_dim: int | None = None, fused: bool = False) -> torch.Tensor | None:
-    """Which of the ``rows`` outputs of the linear before makes each of the ``channels`` inputs; None where unknown.
+def value_rows(rows: int, channels: int, head_dim: int, fused: bool) -> torch.Tensor | None:
+    """[channel]: which of the ``rows`` outputs of the value projection makes each input channel of o_proj.
 
-    One to one where the numbers agree. Under grouped-query attention channel (kv head, query head, d) of o_proj comes
-    from row (kv head, d) of v_proj; in InternLM2's fused wqkv, whose rows are (kv head, query heads + key + value, d),
-    from the last of each kv head.
+    Under grouped-query attention channel (kv head, query head, d) comes from row (kv head, d) of v_proj. In InternLM2's
+    ``fused`` wqkv, whose rows are (kv head, queries + key + value, d), it comes from the last head_dim rows of its kv
+    head. None where the numbers are not those of such heads.
     """
-    if rows == channels and not fused:
-        return torch.arange(channels)
-    if head_dim is None:
+    if head_dim < 1:
         return None
-    kv_heads = (rows - channels) // 2 // head_dim if fused else rows // head_dim
+    kv_heads = (rows - channels) // (2 * head_dim) if fused else rows // head_dim
     if kv_heads < 1 or channels % (kv_heads * head_dim):
         return None
     sharing = channels // (kv_heads * head_dim)
-    stride, value = (sharing + 2, sharing + 1) if fused else (1, 0)
-    first = (torch.arange(kv_heads) * stride + value) * head_dim
+    each, value = (sharing + 2, sharing + 1) if fused else (1, 0)
+    if rows != kv_heads * each * head_dim:
+        return None
+    first = (torch.arange(kv_heads) * each + value) * head_dim
     return (first[:, None, None] + torch.arange(head_dim)).expand(kv_heads, sharing, head_dim).flatten()
 
 
@@ -143,27 +143,31 @@ def shared_mean(values: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fold(vector: torch.Tensor, before: nn.Module, sources: torch.Tensor, linears: Sequence[nn.Module]) -> None:
-    """Divide ``before`` (a norm's or linear's weight rows and bias) by E, multiply the linears' columns by it, in place.
+def fold(
+    vector: torch.Tensor, sources: torch.Tensor, before: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> None:
+    """Divide what makes the channels by E and multiply the columns that read them by it, in place.
 
-    vector [channel]; sources [channel]: the row of ``before`` behind each channel. Rows that feed no channel stay.
+    vector   [channel]
+    sources  [channel]: the row behind each channel; rows that make no channel stay
+    before   weight [row] of a norm, or [row, in] of a linear, and the bias [row] if there is one
+    weights  [out, channel] of the linears that read the channels
     """
-    divisor = torch.ones(len(before.weight), device=vector.device)
+    divisor = torch.ones(len(before[0]), device=vector.device)
     divisor[sources.to(vector.device)] = vector
-    for parameter in (before.weight, getattr(before, "bias", None)):
-        if parameter is not None:
-            shape = (-1, *[1] * (parameter.ndim - 1))
-            parameter.copy_(parameter.float() / divisor.to(parameter.device).view(shape))
-    for linear in linears:
-        linear.weight.copy_(linear.weight.float() * vector.to(linear.weight.device))
+    for parameter in before:
+        rows = divisor.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
+        parameter.copy_(parameter.float() / rows)
+    for weight in weights:
+        weight.copy_(weight.float() * vector.to(weight.device))
 
 
 @torch.no_grad()
 def check_norm(norm: nn.Module, name: str) -> None:
-    """Raise MBQError unless the norm's output is proportional to its weight (in Gemma's it is to 1 + weight)."""
+    """Raise MBQError unless the norm's output is proportional to its weight (Gemma's is to 1 + weight)."""
     weight = getattr(norm, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 1:
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in norm.named_parameters()}
+        zeros = {path: torch.zeros_like(parameter) for path, parameter in norm.named_parameters()}
         probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
         if not bool(torch.func.functional_call(norm, zeros, (probe,)).any()):
             return

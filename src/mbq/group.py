@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE = 8192
 
 @dataclass(frozen=True)
 class Weighing:
-    """What mbq weighs tokens by: one block's and part's gradients, and their ratio vision / language after the floor."""
+    """What mbq weighs tokens by: gradients of one block and part, and their ratio (vision / language, floored)."""
 
     language: float
     vision: float
@@ -36,7 +36,7 @@ class Group:
     sources   [channel]: the row of what comes before that makes each channel
     module    the inspected module
     weights   the group's linears that are quantized: paths in the inspected module, and weights [out, channel]
-    seen      what goes into the group: ``inputs`` [batch, token, channel] and the inspected module's calls, a batch each
+    seen      what goes in: ``inputs`` [batch, token, channel] and the inspected module's calls, a batch each
     targets   [batch, token, channel] a batch: the inspected module's output in the float model
     weighing  None for methods that need no sensitivity
     """
@@ -69,7 +69,7 @@ class Group:
         return best_candidate(mean_abs, lambda vector: self._loss(vector, pieces, POWERS[norm]), self.name)
 
     def _loss(self, vector: torch.Tensor, pieces: Sequence[_Piece], power: int) -> torch.Tensor:
-        """Weighted error of the inspected module's output where the group is quantized under E: Q_w(W E) Q_a(E^-1 X)."""
+        """Weighted error of the inspected module's output, the group quantized under E: Q_w(W E) Q_a(E^-1 X)."""
         weights = {name: self._candidate(weight, vector) for name, weight in self.weights.items()}
         total = torch.zeros((), dtype=torch.float64, device=vector.device)
         for piece in pieces:

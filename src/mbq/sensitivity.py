@@ -52,7 +52,9 @@ def measure(
     Raises MBQError where no sample has an image, a sample has no answer, or a loss or gradient is not finite.
     """
     if not any(bool(batch.vision.any()) for batch in batches):
-        raise MBQError("No calibration sample has an image, so vision cannot be weighed; add images or use --method awq.")
+        raise MBQError(
+            "No calibration sample has an image, so vision cannot be weighed; add images or use --method awq."
+        )
     mask = released_language_mask if parity else language_mask
     vision = torch.zeros(len(binding.blocks), len(PARTS), dtype=torch.float64)
     language = torch.zeros_like(vision)

@@ -1,0 +1,226 @@
+"""Equalize a model block by block: every group of a block is searched on the unfolded block, then all are folded."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbq.architecture import Binding, LinearGroup
+from mbq.blocks import Call, GroupTrace, capture, run_with, trace
+from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
+from mbq.equalization import TokenRoles, check_norm, fold, value_rows
+from mbq.group import Group, Weighing
+from mbq.methods.method import Method, SearchOptions
+from mbq.progress import Progress, silent
+from mbq.qtensor import fake_quantize, fake_quantize_activations
+from mbq.scheme import Scheme
+from mbq.sensitivity import PARTS, Sensitivity, ratios
+
+
+@dataclass(frozen=True)
+class GroupSearch:
+    """A row of search.json: the alpha chosen and the loss at every alpha, or why the group was left alone."""
+
+    block: int
+    group: str
+    alpha: float | None = None
+    losses: tuple[float, ...] = ()
+    skipped: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def equalize_model(
+    binding: Binding,
+    batches: Sequence[CalibrationBatch],
+    method: Method,
+    scheme: Scheme,
+    options: SearchOptions | None = None,
+    *,
+    sensitivity: Sensitivity | None = None,
+    targets: Collection[str] | None = None,
+    storage: torch.device | None = None,
+    progress: Progress = silent,
+) -> list[GroupSearch]:
+    """Search and fold every block, in place: weights stay float, and the model's function stays what it was.
+
+    ``targets`` are the full names of the linears that will be quantized (None: all of the groups'); the others are
+    folded, but stay float in every candidate. ``sensitivity`` is what methods that weigh need. Activations are kept on
+    ``storage``, by default where they are made.
+
+    Raises MBQError for a norm that nothing can be folded into, a sensitivity that cannot weigh, and a group without a
+    finite loss.
+    """
+    if method.equalize is None:
+        return []
+    options = options or SearchOptions()
+    search = _Search(
+        binding,
+        method,
+        scheme,
+        options,
+        frozenset(binding.names if targets is None else targets),
+        token_roles(batches, options.parity),
+        _weighings(sensitivity, options) if method.weighs else None,
+    )
+    _check_norms(binding)
+    groups = binding.architecture.groups
+    hidden, calls = capture(binding, batches, storage)
+    seen = hidden
+    rows: list[GroupSearch] = []
+    for index, block in enumerate(binding.blocks):
+        floats, hidden = trace(block, groups, hidden, calls[index], storage)
+        reads = floats
+        if options.distorted_input:
+            reads, _ = trace(block, groups, seen, calls[index], storage)
+        searched = search.block(index, floats, reads)
+        if options.distorted_input:
+            pairs = zip(seen, calls[index], strict=True)
+            seen = [search.quantized(index, states, call).to(states.device) for states, call in pairs]
+        rows += searched
+        progress("search", index + 1, len(binding.blocks), _note(index, searched))
+    return rows
+
+
+def token_roles(batches: Sequence[CalibrationBatch], parity: bool = False) -> TokenRoles:
+    """The roles of all tokens, batch after batch. ``parity``: the released language mask, and padding is counted."""
+    mask = released_language_mask if parity else language_mask
+    real = [batch.inputs.get("attention_mask") for batch in batches]
+    counted = [
+        torch.ones_like(batch.vision) if parity or each is None else each.to(batch.vision.device).bool()
+        for batch, each in zip(batches, real, strict=True)
+    ]
+    return TokenRoles(
+        vision=_flat([batch.vision for batch in batches]),
+        language=_flat([mask(batch) for batch in batches]),
+        counted=_flat(counted),
+    )
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What stays the same from block to block."""
+
+    binding: Binding
+    method: Method
+    scheme: Scheme
+    options: SearchOptions
+    targets: frozenset[str]
+    roles: TokenRoles
+    weighings: dict[str, list[Weighing]] | None
+
+    def block(self, index: int, floats: dict[str, GroupTrace], reads: dict[str, GroupTrace]) -> list[GroupSearch]:
+        """Choose every group's vector on the unfolded block, then fold them all."""
+        assert self.method.equalize is not None
+        rows, choices = [], []
+        for group in self.binding.architecture.groups:
+            made = self.group(index, group, floats[group.name].outputs, reads[group.name])
+            choice = None if isinstance(made, str) else self.method.equalize(made, self.options)
+            if isinstance(made, str):
+                rows.append(GroupSearch(index, group.name, skipped=made))
+            elif choice is None:
+                rows.append(GroupSearch(index, group.name, skipped=f"{self.method.name} leaves this group alone"))
+            else:
+                rows.append(GroupSearch(index, group.name, choice.alpha, choice.losses))
+                choices.append((made, choice))
+        for made, choice in choices:
+            weights = [_weight(self.binding.module(index, path)) for path in made.group.linears]
+            before = list(self.binding.module(index, made.group.prev).parameters(recurse=False))
+            fold(choice.equalization, made.sources, before, weights)
+        return rows
+
+    def group(self, index: int, group: LinearGroup, targets: list[torch.Tensor], seen: GroupTrace) -> Group | str:
+        """The group as the method sees it, or why nothing is searched."""
+        quantized = self._quantized_weights(index, group.inspect, group.linears)
+        if not quantized:
+            return "none of its linears is quantized"
+        before = self.binding.module(index, group.prev)
+        sources = self._sources(index, group, before)
+        if isinstance(sources, str):
+            return sources
+        return Group(
+            name=f"block {index}, {group.name}",
+            group=group,
+            norm_fed=not isinstance(before, nn.Linear),
+            sources=sources,
+            module=self.binding.module(index, group.inspect),
+            weights=quantized,
+            seen=seen,
+            targets=targets,
+            roles=self.roles,
+            weighing=None if self.weighings is None else self.weighings[group.part][index],
+            scheme=self.scheme,
+        )
+
+    def quantized(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
+        """The block's output with its target linears quantized: weights to nearest, activations as the scheme says."""
+        linears = [path for group in self.binding.architecture.groups for path in group.linears]
+        weights = self._quantized_weights(index, "", linears)
+        rounded = {path: fake_quantize(weight, self.scheme.weights) for path, weight in weights.items()}
+        read = None
+        if self.scheme.activations is not None:
+            read = partial(fake_quantize_activations, scheme=self.scheme.activations)
+        return run_with(self.binding.blocks[index], Call((hidden, *call.args), call.kwargs), rounded, read)
+
+    def _quantized_weights(self, index: int, inside: str, paths: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Weights of the target linears among ``paths``, by their path in the module ``inside`` the block."""
+        return {
+            path.removeprefix(inside).removeprefix("."): _weight(self.binding.module(index, path))
+            for path in paths
+            if self.binding.name(index, path) in self.targets
+        }
+
+    def _sources(self, index: int, group: LinearGroup, before: nn.Module) -> torch.Tensor | str:
+        linear = self.binding.module(index, group.linears[0])
+        rows, channels = len(_weight(before)), _weight(linear).shape[1]
+        if rows == channels:
+            return torch.arange(channels)
+        if not self.options.gqa_fold:
+            return f"{group.prev} has {rows} rows for {channels} channels; only gqa_fold folds them"
+        attention = self.binding.module(index, group.linears[0].rpartition(".")[0])
+        fused = self.binding.architecture.fused_qkv
+        sources = value_rows(rows, channels, int(getattr(attention, "head_dim", 0)), fused)
+        if sources is None:
+            return f"the heads of {group.prev} ({rows} rows) do not divide {channels} channels"
+        return sources
+
+
+def _weighings(sensitivity: Sensitivity | None, options: SearchOptions) -> dict[str, list[Weighing]]:
+    if sensitivity is None:
+        raise ValueError("this method weighs modalities: give the sensitivity that mbq.sensitivity.measure returns")
+    ratio = ratios(sensitivity, options.floor)
+    return {
+        part: [
+            Weighing(*each)
+            for each in zip(sensitivity.language[part], sensitivity.vision[part], ratio[part], strict=True)
+        ]
+        for part in PARTS
+    }
+
+
+def _check_norms(binding: Binding) -> None:
+    for index in range(len(binding.blocks)):
+        for group in binding.architecture.groups:
+            before = binding.module(index, group.prev)
+            if not isinstance(before, nn.Linear):
+                check_norm(before, binding.name(index, group.prev))
+
+
+def _weight(module: nn.Module) -> torch.Tensor:
+    return module.get_parameter("weight")
+
+
+def _flat(masks: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([mask.flatten().cpu() for mask in masks])
+
+
+def _note(index: int, rows: Sequence[GroupSearch]) -> str:
+    losses = [min(row.losses) for row in rows if row.losses]
+    return f"block {index}, loss {sum(losses):.3g}" if losses else f"block {index}"
