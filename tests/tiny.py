@@ -2,7 +2,8 @@
 
 ``tiny(family)`` returns ``(model, processor)`` in memory, ``save(family, folder)`` writes a folder that
 ``AutoModelForImageTextToText`` and ``AutoProcessor`` load. Families: "llava_onevision", "internvl" (``text="llama"``
-for a Llama backbone), "qwen2_vl", and "internvl2_internlm2" (remote code: only ``save`` with trust_remote_code).
+for a Llama backbone), "qwen2_vl", and "internvl2_internlm2" (tests/internlm2, whose folder needs trust_remote_code;
+``text="qwen2"`` and ``"llama"`` are its other language models).
 
 Every parameter is random, norm weights and biases too, so that a fold into the wrong place changes the logits.
 """
@@ -10,6 +11,7 @@ Every parameter is random, norm weights and biases too, so that a fold into the 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tests.internlm2.configuration_internvl_chat import InternVLChatConfig
+from tests.internlm2.modeling_internvl_chat import InternVLChatModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -44,7 +48,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-FAMILY_NAMES = ("llava_onevision", "internvl", "qwen2_vl")
+from mbq.internvl_chat import adapt, processor_for
+
+FAMILY_NAMES = ("llava_onevision", "internvl", "qwen2_vl", "internvl2_internlm2")
 
 CORPUS = (
     "What is shown in the picture? A red circle is left of a blue square.",
@@ -260,6 +266,53 @@ def _qwen2_vl(hidden: int, kv_heads: int, blocks: int, tied: bool, text: str) ->
 _QWEN_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 
 
+def _internvl2(hidden: int, kv_heads: int, blocks: int, tied: bool, text: str) -> tuple[Any, Any]:
+    tokens = tokenizer(["<img>", "</img>", "<IMG_CONTEXT>"])
+    language = {
+        "architectures": [_INTERNVL2_TEXT[text]],
+        "vocab_size": len(tokens),
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": kv_heads,
+        "bos_token_id": None,
+        "eos_token_id": tokens.eos_token_id,
+        "pad_token_id": tokens.pad_token_id,
+        "tie_word_embeddings": tied,
+    }
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 56,
+    }
+    config = InternVLChatConfig(
+        vision_config=vision,
+        llm_config=language,
+        force_image_size=56,
+        dynamic_image_size=True,
+        use_thumbnail=True,
+        max_dynamic_patch=4,
+        template="internlm2-chat",
+        auto_map={
+            "AutoConfig": "configuration_internvl_chat.InternVLChatConfig",
+            "AutoModel": "modeling_internvl_chat.InternVLChatModel",
+        },
+    )
+    model = InternVLChatModel(config)
+    adapt(model, tokens)
+    return model, processor_for(config.to_dict(), tokens)
+
+
+_INTERNVL2_TEXT = {
+    "internlm2": "InternLM2ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+
+
 def _backbone(text: str) -> type:
     return {"qwen2": Qwen2Config, "llama": LlamaConfig}[text]
 
@@ -268,6 +321,7 @@ _BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
     "llava_onevision": _llava_onevision,
     "internvl": _internvl,
     "qwen2_vl": _qwen2_vl,
+    "internvl2_internlm2": _internvl2,
 }
 
 
@@ -278,13 +332,14 @@ def tiny(
     kv_heads: int = 2,
     blocks: int = 2,
     tied: bool = False,
-    text: str = "qwen2",
+    text: str | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """A random model of ``family`` in eval mode and its processor; ``kv_heads=4`` turns grouped-query attention off."""
     if family not in _BUILDERS:
         raise KeyError(f"{family}: one of {', '.join(_BUILDERS)}")
+    text = text or ("internlm2" if family == "internvl2_internlm2" else "qwen2")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = _BUILDERS[family](hidden, kv_heads, blocks, tied, text)
@@ -313,5 +368,10 @@ def save(family: str, folder: str | Path, **overrides: Any) -> Path:
     """Write the folder of ``tiny(family, **overrides)``: weights, configs, tokenizer, processor, chat template."""
     model, processor = tiny(family, **overrides)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    if family == "internvl2_internlm2":  # as published: a tokenizer and code, no processor
+        processor.tokenizer.save_pretrained(folder)
+        for code in (Path(__file__).parent / "internlm2").glob("*.py"):
+            shutil.copy(code, folder)
+    else:
+        processor.save_pretrained(folder)
     return Path(folder)

@@ -1,0 +1,197 @@
+"""Float models and their processors from folders (or the Hub), with one sentence for each way that can fail."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.utils import cached_file
+
+from mbq import internvl_chat
+from mbq.errors import MBQError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def load_model(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The float vision-language model in ``path``, in eval mode on ``device``.
+
+    path     a folder, or a name on the Hub ("llava-hf/llava-onevision-qwen2-7b-ov-hf")
+    device   "auto" is a GPU where there is one
+    dtype    "auto" is the folder's own
+
+    Raises MBQError for a folder that is missing, incomplete, damaged, quantized already or a text-only model, for code
+    that is not trusted, and for weights that are not finite.
+    """
+    config = read_config(path)
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise MBQError(f"{path} is quantized already ({method}); give the float model that it was made from.")
+    auto_class = _auto_class(path, config, trust_remote_code)
+    target = torch_device(device)
+    if Path(path).is_dir():
+        _check_weight_files(Path(path))
+    options = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code, "use_safetensors": True}
+    try:
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise MBQError(f"{path} cannot be loaded: {_first_line(error)}; check that it is complete.") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise MBQError(f"{path} has no weights for {missing[0]} ({len(missing)} missing in all); download it again.")
+    if type(model).__name__ == internvl_chat.MODEL_CLASS:
+        internvl_chat.adapt(model, _tokenizer(path, trust_remote_code))
+    check_finite(model)
+    return model.eval().to(target)
+
+
+def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:
+    """The processor (tokenizer, image processor and chat template) of the model in ``path``.
+
+    Raises MBQError where there is none that takes images, or where it has no chat template.
+    """
+    config = read_config(path)
+    if internvl_chat.MODEL_CLASS in config.get("architectures", ()):
+        return internvl_chat.processor_for(config, _tokenizer(path, trust_remote_code))
+    try:
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise MBQError(f"The processor of {path} cannot be loaded: {_first_line(error)}; add its files.") from error
+    if getattr(processor, "image_processor", None) is None:
+        raise MBQError(f"{path} has no image processor; add its preprocessor_config.json or processor_config.json.")
+    if not processor.chat_template:
+        raise MBQError(f"The processor of {path} has no chat template; add its chat_template.jinja.")
+    return processor
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """config.json of a folder or of a model on the Hub. Raises MBQError if there is none, or it is not JSON."""
+    folder = Path(path)
+    if folder.is_dir():
+        file = folder / "config.json"
+        if not file.is_file():
+            raise MBQError(f"{path} has no config.json; give the folder of a Hugging Face model.")
+    else:
+        file = _from_hub(str(path))
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MBQError(f"{file} is not JSON ({error}); mend it or download the model again.") from error
+    if not isinstance(config, dict):
+        raise MBQError(f"{file} is not the configuration of a model; download the model again.")
+    return config
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raises MBQError that names the first parameter or buffer that holds a NaN or an infinity."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise MBQError(
+                f"{name} holds {bad} values that are NaN or infinite; the weights are damaged: download them again."
+            )
+
+
+def torch_device(device: str | torch.device) -> torch.device:
+    """``device`` as torch knows it; "auto" is a GPU where there is one. Raises MBQError if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise MBQError(f"--device {device} is no device; give cpu, cuda, cuda:1 or auto.") from error
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise MBQError(f"--device {device}, but this machine has {torch.cuda.device_count()} GPUs; give cpu or auto.")
+    return target
+
+
+def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """``dtype`` as from_pretrained takes it: "auto" or a torch dtype. Raises MBQError for an unknown name."""
+    if dtype == "auto" or isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise MBQError(f"--dtype {dtype} is unknown; give auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _auto_class(path: str | Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
+    """Which of transformers' Auto classes loads the model, once it is clear that it takes images and may be run."""
+    model_type = config.get("model_type")
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    auto_map = config.get("auto_map")
+    name = (config.get("architectures") or [model_type or "model of unknown type"])[0]
+    if auto_map is None or model_type in CONFIG_MAPPING_NAMES:
+        raise MBQError(f"{path} holds a {name}, which takes no images; give a vision-language model.")
+    if not trust_remote_code:
+        files = ", ".join(sorted({f"{value.split('--')[-1].split('.')[0]}.py" for value in auto_map.values()}))
+        raise MBQError(
+            f"{path} ({name}) runs code of its own ({files}); read it, then allow it with --trust-remote-code."
+        )
+    classes = {"AutoModelForImageTextToText": AutoModelForImageTextToText, "AutoModel": AutoModel}
+    return next((auto for key, auto in classes.items() if key in auto_map), AutoModelForCausalLM)
+
+
+def _check_weight_files(folder: Path) -> None:
+    """Every safetensors file is there and has a sound header, which also tells a truncated file."""
+    files = {file.name for file in folder.glob("*.safetensors")}
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise MBQError(f"{index} is damaged ({error}); download the model again.") from error
+    if not files:
+        raise MBQError(f"{folder} holds no weights (*.safetensors); download the model again, or convert its weights.")
+    for name in sorted(files):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise MBQError(f"{folder} lacks the weights file {name}; download the model again.")
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise MBQError(f"{folder / name} is damaged ({error}); download the model again.") from error
+
+
+def _tokenizer(path: str | Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise MBQError(f"The tokenizer of {path} cannot be loaded: {_first_line(error)}; add its files.") from error
+
+
+def _from_hub(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise MBQError(f"There is no folder {name}; give the folder of a Hugging Face model, or its name on the Hub.")
+    try:
+        file = cached_file(name, "config.json")
+    except OSError as error:
+        raise MBQError(f"{name} is neither a folder here nor a model that the Hub gives; check the name.") from error
+    assert file is not None
+    return Path(file)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
