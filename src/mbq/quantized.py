@@ -49,8 +49,10 @@ def load(
         loaded_class = _packed_class(model_class, quantized)
     else:
         loaded_class = model_class
-    model = _from_pretrained(loaded_class, folder, config, dtype or "auto", device or "cpu")
+    model = _from_pretrained(loaded_class, folder, config, dtype or "auto")
     model.__class__ = model_class
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]
     if quantized is not None:
         model.config.quantization_config = quantized
         for name, layer in model.named_modules():
@@ -107,25 +109,23 @@ def _packed_class(model_class: type[PreTrainedModel], quantized: dict[str, Any])
 
 
 def _from_pretrained(
-    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: torch.dtype | str, device: str | torch.device
+    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: torch.dtype | str
 ) -> PreTrainedModel:
+    """The filled model, or MBQError where a tensor is missing, left over or of the wrong shape."""
     try:
         loaded: Any = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, device_map=str(device), output_loading_info=True
+            folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
         )
-        model, info = loaded
-    except MBQError:
-        raise
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise MBQError(
             f"The weights in {folder} cannot be loaded ({_first_line(error)}); copy the folder anew."
         ) from error
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if info.get(what):
-            names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in info[what])
-            raise MBQError(
-                f"{folder} is damaged: {len(names)} {what.replace('_', ' ')} such as {names[0]}; copy the folder anew."
-            )
+    model, info = loaded
+    kinds = {"missing_keys": "missing", "mismatched_keys": "of the wrong shape", "unexpected_keys": "left over"}
+    for key, what in kinds.items():
+        names = sorted(str(name[0]) if isinstance(name, tuple) else str(name) for name in info[key])
+        if names:
+            raise MBQError(f"{folder} is damaged: {len(names)} tensors are {what}, {names[0]} first; copy it anew.")
     return model
 
 

@@ -10,7 +10,7 @@ original checkpoint, because transformers reverses its renaming of keys on savin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,17 @@ def quantization_config(
     scheme  of every ``nn.Linear`` that ``ignore`` does not name
     ignore  paths of modules, or regular expressions as "re:.*visual.*", that stay in floating point
     others  schemes of further linears, by regular expression ("re:.*visual.*"); these must not be in ``ignore``
+
+    ``dequantize`` is a loading option of transformers, which takes its default from here: without it the plain call of
+    transformers 5.23 with compressed-tensors 0.20 cannot read packed zero points. Other readers skip the key.
     """
     targets = {**(others or {}), "Linear": scheme}
     groups = {f"group_{i}": _group(target, each) for i, (target, each) in enumerate(targets.items())}
     formats = {group["format"] for group in groups.values()}
+    asymmetric = any(not each.weights.symmetric for each in targets.values())
     return {
         "quant_method": "compressed-tensors",
+        **({"dequantize": True} if asymmetric else {}),
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
@@ -52,23 +57,22 @@ def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
 
     Raises MBQError for a config that mbq cannot run, or one that matches no linear.
     """
-    schemes = {target: _scheme(group, config) for group in _groups(config) for target in group["targets"]}
-    ignore = config.get("ignore") or []
-    replaced = []
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) or is_match(name, module, ignore):
-            continue
-        scheme = next((schemes[target] for target in schemes if is_match(name, module, target)), None)
-        if scheme is None:
-            continue
-        weight = module.weight
-        bias = module.bias is not None
-        layer = QuantLinear(module.in_features, module.out_features, scheme, bias, weight.dtype, weight.device)
-        model.set_submodule(name, layer)
-        replaced.append(name)
-    if not replaced:
+    layers = dict(_layers(model, config))
+    if not layers:
         raise MBQError("quantization_config in config.json matches no linear of this model; check its ignore patterns.")
-    return replaced
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.to_empty(device=model.get_submodule(name).weight.device))
+    return list(layers)
+
+
+def checkpoint_bytes(model: nn.Module, config: Mapping[str, Any]) -> int:
+    """Bytes of the tensors that a float ``model`` will have on disk once it is quantized as ``config`` says."""
+    tensors = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}  # tied ones once
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    for name, layer in _layers(model, config):
+        total += sum(tensor.nbytes for tensor in layer.state_dict().values())
+        total -= sum(tensor.nbytes for tensor in model.get_submodule(name).state_dict().values())
+    return total
 
 
 def save_model(
@@ -105,21 +109,33 @@ def check_names(model: nn.Module, config: Mapping[str, Any]) -> None:
 
 def loading_note(scheme: Scheme) -> str:
     """Markdown for the model card: which call of transformers loads a folder of this scheme, and what it computes."""
-    dequantize = "`quantization_config=CompressedTensorsConfig(dequantize=True)`"
-    if not scheme.weights.symmetric:
-        return (
-            f"transformers loads this folder only with {dequantize}: the plain call does not read packed zero points "
-            "(compressed-tensors 0.18 to 0.20). The weights are then those that `mbq.load` runs, unpacked."
-        )
     if scheme.activations is None:
-        return f"transformers loads this folder with the plain call or with {dequantize}, to the same weights."
+        return (
+            "transformers alone loads this folder with the plain `from_pretrained`, to exactly the weights that "
+            "`mbq.load` runs, unpacked to 16 bit (the same as `CompressedTensorsConfig(dequantize=True)`, which "
+            "config.json asks for where zero points are packed)."
+        )
     levels = 2**scheme.activations.bits - 1
     return (
-        "transformers loads this folder with the plain call and then quantizes the activations too, but "
-        f"compressed-tensors divides a token's largest value by {levels / 2} where `mbq.load` (and the paper) divide "
-        f"by {levels // 2}, so logits differ; with {dequantize} the weights are those that `mbq.load` runs and the "
-        "activations stay in 16 bit."
+        "transformers alone loads this folder with the plain `from_pretrained`, to exactly the weights that `mbq.load` "
+        "runs, unpacked to 16 bit, and quantizes the activations; but compressed-tensors divides the largest value of a "
+        f"token by {levels / 2} where `mbq.load` (and the paper) divide by {levels // 2}, so logits differ. With "
+        "`quantization_config=CompressedTensorsConfig(dequantize=True)` transformers 5.23 leaves the activations in "
+        "16 bit, and 5.17 does not."
     )
+
+
+def _layers(model: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[str, QuantLinear]]:
+    """The float linears that ``config`` quantizes: names, and the layers on the meta device that take their place."""
+    schemes = {target: _scheme(group, config) for group in _groups(config) for target in group["targets"]}
+    ignore = config.get("ignore") or []
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, nn.Linear) or is_match(name, module, ignore):
+            continue
+        scheme = next((schemes[target] for target in schemes if is_match(name, module, target)), None)
+        if scheme is not None:
+            bias = module.bias is not None
+            yield name, QuantLinear(module.in_features, module.out_features, scheme, bias, module.weight.dtype, "meta")
 
 
 def _group(target: str, scheme: Scheme) -> dict[str, Any]:
