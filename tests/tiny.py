@@ -50,7 +50,8 @@ from transformers import (
 
 from mbq.internvl_chat import adapt, processor_for
 
-FAMILY_NAMES = ("llava_onevision", "internvl", "qwen2_vl", "internvl2_internlm2")
+FAMILY_NAMES = ("llava_onevision", "internvl", "qwen2_vl")
+ALL_FAMILY_NAMES = (*FAMILY_NAMES, "internvl2_internlm2")
 
 CORPUS = (
     "What is shown in the picture? A red circle is left of a blue square.",

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from mbq.errors import MBQError
@@ -118,33 +117,9 @@ class Binding:
         users = [p if p.startswith("re:") or p in own else f"re:(.*\\.)?{re.escape(p)}$" for p in ignore]
         return own + [pattern for pattern in users if pattern not in own]
 
-    def value_rows(self, block: int) -> torch.Tensor:
-        """Rows of ``prev`` of the group "o" that make the values, [kv_head * head_dim], in the order of the heads.
-
-        All rows of v_proj; of a fused wqkv, the last of each key-value head's [queries + key + value][head_dim] rows.
-        """
-        groups = {group.name: group for group in self.architecture.groups}
-        rows = torch.arange(_linear(self.module(block, groups["o"].prev)).out_features)
-        if not self.architecture.fused_qkv:
-            return rows
-        head_dim = self.head_dim(block)
-        queries = _linear(self.module(block, self.architecture.attn_output)).in_features // head_dim
-        kv_heads = (len(rows) // head_dim - queries) // 2
-        return rows.view(kv_heads, -1, head_dim)[:, -1].flatten()
-
-    def head_dim(self, block: int) -> int:
-        """Channels of one attention head."""
-        attention = self.module(block, self.architecture.attn_output.rpartition(".")[0])
-        head_dim = getattr(attention, "head_dim", None)
-        if not isinstance(head_dim, int):
-            raise MBQError(
-                f"{type(attention).__name__} does not say its head_dim; its value heads cannot be told apart."
-            )
-        return head_dim
-
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` means the linear at this full path: "re:" and an expression from its start, or a name's end."""
+    """Whether ``pattern`` means the linear at this full path: "re:" and an expression, or the end of the name."""
     if not pattern.startswith("re:"):
         return name == pattern or name.endswith("." + pattern)
     try:
@@ -273,21 +248,7 @@ def _same_parts(blocks: list[nn.Module], layout: Architecture) -> bool:
         held = {name for name, module in block.named_modules() if list(module.parameters(recurse=False))}
         if {name for name in held if name.rpartition(".")[2] not in ("q_norm", "k_norm")} != expected:
             return False
-        if not all(_norm_scales_by_weight(block.get_submodule(group.prev)) for group in layout.groups):
-            return False
     return True
-
-
-def _norm_scales_by_weight(module: nn.Module) -> bool:
-    """False for a norm that multiplies by 1 + weight (Gemma), into which a vector cannot be folded by division."""
-    if isinstance(module, nn.Linear):
-        return True
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    weights = {name: torch.zeros_like(parameter) for name, parameter in module.named_parameters()}
-    with torch.no_grad():
-        output = torch.func.functional_call(module, weights, (torch.ones(1, 1, *weight.shape).to(weight),))
-    return not output.any()
 
 
 def _part(name: str, blocks: str) -> str:
@@ -313,11 +274,6 @@ def _lists(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
 
 def _linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
-def _linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
 
 
 def _has(module: nn.Module, path: str) -> bool:

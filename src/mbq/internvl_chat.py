@@ -6,6 +6,7 @@ Transformers' own InternVLProcessor tiles, normalises and expands images in the 
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -79,12 +80,11 @@ def adapt(model: Any, tokenizer: Any) -> None:
     """
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(TOKENS["context_image_token"])
     model.register_forward_pre_hook(_fill_in, with_kwargs=True)
-    generate = model.generate
+    model.generate = MethodType(_generate, model)  # a method, so that a deep copy of the model calls itself
 
-    def generate_after_prompt(input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        return torch.cat([input_ids, generate(input_ids=input_ids, **options)], dim=1)
 
-    model.generate = generate_after_prompt
+def _generate(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.cat([input_ids, type(model).generate(model, input_ids=input_ids, **options)], dim=1)
 
 
 def _fill_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
