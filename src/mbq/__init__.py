@@ -2,7 +2,7 @@
 
 import mbq
 result = mbq.quantize("folder-or-hub-id", scheme="W3A16", data="calib.jsonl", images="images", output="out")
-model, processor = mbq.load("out")
+model, processor = mbq.load("out"), mbq.load_processor("out")
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbq.errors import MBQError
-    from mbq.loading import load
+    from mbq.generation import load
+    from mbq.loading import load_processor
     from mbq.pipeline import QuantizationResult, quantize
     from mbq.recipe import Recipe
     from mbq.scheme import SCHEMES, Scheme
 
 __version__ = "0.1.0"
-__all__ = ["SCHEMES", "MBQError", "QuantizationResult", "Recipe", "Scheme", "load", "quantize"]
+__all__ = ["SCHEMES", "MBQError", "QuantizationResult", "Recipe", "Scheme", "load", "load_processor", "quantize"]
 
 _HOME = {
     "MBQError": "errors",
@@ -26,7 +27,8 @@ _HOME = {
     "Recipe": "recipe",
     "SCHEMES": "scheme",
     "Scheme": "scheme",
-    "load": "loading",
+    "load": "generation",
+    "load_processor": "loading",
     "quantize": "pipeline",
 }
 

@@ -44,7 +44,7 @@ Batch = Annotated[int, typer.Option(help="Samples that go through the model at o
 Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
 Formatting = Annotated[str, typer.Option(help="plain, few-shot or interleaved.")]
 Text = Annotated[str | None, typer.Option(help="Plain text for --formatting interleaved.", metavar="FILE")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu; the GPU if there is one.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files in the model's folder.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log steps; twice: tracebacks too.")]
@@ -140,7 +140,7 @@ def quantize_command(
     parity: Annotated[bool, typer.Option("--parity", help="Reproduce the released search choice by choice.")] = False,
     vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = DEFAULT.max_shard_size,
-    device: Device = None,
+    device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
@@ -162,16 +162,17 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image; repeatable.", metavar="FILE")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 128,
-    device: Device = None,
+    device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Ask a quantized or float model a question about images."""
-    from mbq.generation import generate
-    from mbq.loading import load
+    from mbq.generation import generate, load
+    from mbq.loading import load_processor
 
-    model, processor = load(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    processor = load_processor(folder, trust_remote_code)
+    model = load(folder, device, dtype, trust_remote_code=trust_remote_code)
     typer.echo(generate(model, processor, prompt, image or [], max_new_tokens))
 
 
@@ -189,7 +190,7 @@ def sensitivity_command(
     seed: Seed = DEFAULT.seed,
     formatting: Formatting = DEFAULT.formatting,
     text: Text = None,
-    device: Device = None,
+    device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
@@ -212,6 +213,44 @@ def sensitivity_command(
             write_json(folder / "sensitivity.json", measured.to_json())
             save_sensitivity_picture(measured, folder / "sensitivity.png", Path(model).name)
         typer.echo(f"Wrote {output / 'sensitivity.json'} and {output / 'sensitivity.png'}.")
+
+
+@command
+def evaluate_command(
+    folder: FolderArgument,
+    baseline: Annotated[str | None, typer.Option(help="A model to compare with, question by question.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Tasks to ask; all of them. Repeatable, or a,b,c.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Questions with answers; the built-in test set.", metavar="PATH")
+    ] = None,
+    images: Images = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions that go through the model at once.")] = 64,
+    output: Annotated[str | None, typer.Option(help="Also write the results here, as JSON.", metavar="DIR")] = None,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Ask a model questions with known answers and show its accuracy, with intervals."""
+    from mbq.evaluation import run
+
+    names = [name for given in tasks or () for name in given.split(",")]
+    with shown(_errors()) as progress:
+        run(
+            folder,
+            baseline=baseline,
+            tasks=names or None,
+            data=data,
+            images=images,
+            limit=limit,
+            batch_size=batch_size,
+            output=output,
+            progress=progress,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 @command

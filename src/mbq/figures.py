@@ -25,7 +25,7 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
     The bars show the attention's two values on one logarithmic scale.
     """
     table = Table(
-        title="Mean |gradient| of the answer's loss at the outputs of attention (attn) and MLP (mlp)",
+        title="Mean |gradient| of the answer's loss, after attention and after the MLP",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -74,7 +74,9 @@ def save_sensitivity_picture(sensitivity: Sensitivity, path: Path, title: str) -
     from matplotlib.figure import Figure
 
     blocks = range(len(sensitivity.language["attn"]))
-    figure = Figure(figsize=(9, 1.5 + 0.3 * len(blocks)), layout="constrained")
+    by_modality = (sensitivity.language, sensitivity.vision)
+    low, high = _range([value for values in by_modality for part in PART_NAMES for value in values[part]])
+    figure = Figure(figsize=(9, 1.8 + 0.3 * len(blocks)), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (part, name) in zip(figure.subplots(1, 2, sharey=True), PART_NAMES.items(), strict=True):
         for shift, modality in ((-0.2, "language"), (0.2, "vision")):
@@ -85,9 +87,10 @@ def save_sensitivity_picture(sensitivity: Sensitivity, path: Path, title: str) -
         panel.set_title(name)
         panel.set_xlabel("mean |dL/dY|")
         panel.set_yticks(list(blocks))
-    first, last = figure.axes
+        panel.set_xlim(10**low, 10**high)
+    first = figure.axes[0]
     first.set_ylabel("block")
     first.invert_yaxis()
-    last.legend(loc="best", frameon=False)
+    figure.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=150)

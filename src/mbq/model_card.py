@@ -30,7 +30,8 @@ With mbq, which keeps the weights packed:
 ```python
 import mbq
 
-model, processor = mbq.load("{folder}")
+model = mbq.load("{folder}")
+processor = mbq.load_processor("{folder}")
 ```
 
 or on the command line:

@@ -18,14 +18,14 @@ from mbq.architecture import Binding, bind
 from mbq.calibration import CalibrationBatch, calibration_batches
 from mbq.checkpoint.folder import check_new
 from mbq.errors import MBQError
-from mbq.loading import load_model, load_processor
-from mbq.methods import METHODS
+from mbq.loading import check_finite, load_model, load_processor
+from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, write_folder
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
 from mbq.recipe import Recipe
 from mbq.rows import Row, check_images, data_hash, read_rows
-from mbq.search import GroupSearch, Method, SearchOptions, equalize_model
+from mbq.search import GroupSearch, equalize_model
 from mbq.sensitivity import Sensitivity, measure
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def quantize(
         own, processor, name = _float_model(model, processor, recipe)
         binding = bind(own)
         targets = binding.linears(recipe.ignore)
-        _check_weights(binding, targets, recipe)
+        _check_widths(binding, targets, recipe)
     before = _bytes(own)
     with _timed(seconds, "calibrate"):
         batches = _batches(rows, processor, binding, recipe)
@@ -136,7 +136,6 @@ def measure_sensitivity(
     rows = _rows(recipe, rows)
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
     binding = bind(own)
-    _check_weights(binding, [], recipe)
     return _measured(binding, _batches(rows, processor, binding, recipe), recipe, progress)
 
 
@@ -161,32 +160,25 @@ def _rows(recipe: Recipe, rows: list[Row] | None) -> list[Row]:
 
 def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False) -> tuple[Any, Any, str]:
     """The model to work on, its processor and its name. ``keep`` promises to leave a loaded model as it is."""
-    if isinstance(model, nn.Module):
-        if processor is None:
-            raise MBQError("A loaded model comes with its processor; give quantize(model, processor, ...).")
-        name = getattr(model, "name_or_path", "") or type(model).__name__
-    else:
-        name = str(model)
-        loading = {"trust_remote_code": recipe.trust_remote_code}
-        device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        processor = processor or load_processor(name, **loading)
-        model, keep = load_model(name, device=device, dtype=recipe.dtype, **loading), True
-    if getattr(model.config, "quantization_config", None) is not None or _holds_packed(model):
-        raise MBQError(f"{name} is already quantized; give the float model that it was made from.")
+    if not isinstance(model, nn.Module):
+        trust = recipe.trust_remote_code
+        processor = processor or load_processor(model, trust)
+        return load_model(model, recipe.device, recipe.dtype, trust), processor, str(model)
+    if processor is None:
+        raise MBQError("A loaded model comes with its processor; give quantize(model, processor, ...).")
+    name = getattr(model, "name_or_path", "") or type(model).__name__
+    if any(isinstance(module, QuantLinear) for module in model.modules()):
+        raise MBQError(f"{name} is quantized already; give the float model that it was made from.")
+    check_finite(model)
     return model if keep else copy.deepcopy(model), processor, name
 
 
-def _holds_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, QuantLinear) for module in model.modules())
-
-
-def _check_weights(binding: Binding, targets: list[str], recipe: Recipe) -> None:
-    """Raise MBQError for numbers that are not finite, and for a width that groups do not divide."""
-    for name, weight in binding.model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise MBQError(f"{name} holds NaN or infinite numbers; the checkpoint is damaged, so fetch it again.")
+def _check_widths(binding: Binding, targets: list[str], recipe: Recipe) -> None:
+    """Raise MBQError for a linear whose width is no multiple of the group size."""
     size = recipe.numbers.weights.group_size
-    for name in targets if size else []:
+    if size is None:
+        return
+    for name in targets:
         width = _linear(binding.model, name).in_features
         if width % size:
             raise MBQError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Recipe:
     parity                   reproduce the released search choice by choice
     vision_tower             scheme of the vision tower, or None to keep it in 16 bits
     max_shard_size           of a safetensors file, such as "5GB"
-    device, dtype            where and in what the float model is loaded; None and "auto" leave it to machine and model
+    device, dtype            of the float model; "auto" is the GPU if there is one, and the folder's dtype
     trust_remote_code        run the Python files of the model's folder
 
     Raises MBQError for a value that no option has.
@@ -73,7 +73,7 @@ class Recipe:
     parity: bool = False
     vision_tower: str | None = _one_of(None, None, "W8A8", "W4A8")
     max_shard_size: str = "5GB"
-    device: str | None = None
+    device: str = "auto"
     dtype: str = _one_of("auto", "auto", "bfloat16", "float16", "float32")
     trust_remote_code: bool = False
 
@@ -140,8 +140,8 @@ def recipe_yaml(recipe: Recipe, base_model: str, data_hash: str | None) -> str:
 
     Folders are the machine's own business: of a path, only the last part is written.
     """
-    named = replace(recipe, **{name: _last_part(getattr(recipe, name)) for name in ("data", "images", "text")})
-    options = asdict(named) | {"ignore": list(recipe.ignore), "group_size": recipe.numbers.weights.group_size}
+    options = asdict(recipe) | {"ignore": list(recipe.ignore), "group_size": recipe.numbers.weights.group_size}
+    options |= {name: _last_part(options[name]) for name in ("data", "images", "text")}
     content = {"model": base_model, **options, "data_sha256": data_hash, "versions": package_versions()}
     return yaml.safe_dump(content, sort_keys=False)
 
