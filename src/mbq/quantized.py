@@ -2,81 +2,75 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from mbq import internvl_chat
 from mbq.checkpoint.compressed_tensors import replace_linears
 from mbq.errors import MBQError
 from mbq.kernels import KERNELS
+from mbq.loading import load_model, read_config, torch_device, torch_dtype
 from mbq.qlinear import QuantLinear
 
 
 def load(
     folder: str | Path,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | str | None = None,
+    dtype: str | torch.dtype | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of ``folder`` in eval mode, ready to ``generate``; quantized linears are ``QuantLinear``, packed.
 
-    device  where to; None is the CPU
-    dtype   of the float parameters and activations; None is the checkpoint's
+    folder  what ``mbq quantize`` wrote, or a float model (a folder, or a name on the Hub)
+    device  None is the CPU, "auto" a GPU where there is one
+    dtype   of the float parameters, the scales and the activations; None is the folder's own
     kernel  "auto" or a name of ``mbq.kernels.KERNELS``
 
     Raises MBQError where the folder is no model, was quantized in a way that mbq does not run, or is damaged.
     """
-    folder = Path(folder).expanduser()
     if kernel != "auto" and kernel not in KERNELS:
         raise MBQError(f"Unknown kernel {kernel!r}; choose auto or one of {', '.join(KERNELS)}.")
-    config = _read_config(folder, trust_remote_code)
-    quantized = getattr(config, "quantization_config", None)
-    model_class = _model_class(config, folder, trust_remote_code)
-    if quantized is not None:
-        if not isinstance(quantized, dict):
-            quantized = quantized.to_dict()
-        if quantized.get("quant_method") != "compressed-tensors":
-            method = quantized.get("quant_method")
-            raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
-        del config.quantization_config
-        loaded_class = _packed_class(model_class, quantized)
-    else:
-        loaded_class = model_class
-    model = _from_pretrained(loaded_class, folder, config, dtype or "auto")
-    model.__class__ = model_class
-    if device is not None:
-        model.to(device)  # type: ignore[arg-type]
-    if quantized is not None:
-        model.config.quantization_config = quantized
-        for name, layer in model.named_modules():
-            if isinstance(layer, QuantLinear):
-                _check_shape(name, layer, folder)
-                layer.use(kernel)
+    quantized = read_config(folder).get("quantization_config")
+    target, wanted = torch_device(device or "cpu"), torch_dtype(dtype or "auto")
+    if quantized is None:
+        return load_model(folder, target, wanted, trust_remote_code)
+    method = quantized.get("quant_method")
+    if method != "compressed-tensors":
+        raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
+    model = _load_packed(Path(folder), quantized, wanted, trust_remote_code)
+    model.to(target)  # type: ignore[arg-type]
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            _check_shape(name, layer, folder)
+            layer.use(kernel)
     return model.eval()
 
 
-def is_quantized(folder: str | Path) -> bool:
-    """Whether config.json of ``folder`` says that its weights are quantized, by whatever tool."""
-    path = Path(folder) / "config.json"
-    return path.is_file() and "quantization_config" in json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    if not (folder / "config.json").is_file():
-        raise MBQError(f"{folder} holds no config.json; give the folder of a model.")
+def _load_packed(
+    folder: Path, quantized: Mapping[str, Any], dtype: str | torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise MBQError(
-            f"config.json of {folder} cannot be read ({_first_line(error)}); mend or copy it anew."
+            f"config.json of {folder} cannot be read ({_first_line(error)}); copy the folder anew."
         ) from error
+    model_class = _model_class(config, folder, trust_remote_code)
+    del config.quantization_config  # or transformers would load the folder in its own way
+    model = _from_pretrained(_packed_class(model_class, quantized), folder, config, dtype)
+    model.__class__ = model_class
+    model.config.quantization_config = dict(quantized)
+    if model_class.__name__ == internvl_chat.MODEL_CLASS:
+        internvl_chat.adapt(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+    return model
 
 
 def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
@@ -88,16 +82,16 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[Pre
                 return get_class_from_dynamic_module(reference, str(folder))
     found = getattr(transformers, names[0], None) if names else None
     if found is None:
-        hint = "; its own code needs trust_remote_code" if getattr(config, "auto_map", None) else ""
-        raise MBQError(f"architectures in config.json of {folder} is {names}, which transformers does not have{hint}.")
+        hint = "; to run the folder's own code, give trust_remote_code" if getattr(config, "auto_map", None) else ""
+        raise MBQError(f"config.json of {folder} names the classes {names}, which transformers does not have{hint}.")
     return found
 
 
-def _packed_class(model_class: type[PreTrainedModel], quantized: dict[str, Any]) -> type[PreTrainedModel]:
+def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, Any]) -> type[PreTrainedModel]:
     """``model_class`` whose constructor ends by replacing linears, so that ``from_pretrained`` finds packed layers.
 
-    transformers' own loading (renamed keys, shards, tied weights, dtype, device) then does the rest. Name and module
-    are the original's: transformers looks up its key renaming by them.
+    transformers' own loading (renamed keys, shards, tied weights, dtype) then does the rest. Name and module are the
+    original's: transformers looks up its key renaming by them.
     """
 
     def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -109,7 +103,7 @@ def _packed_class(model_class: type[PreTrainedModel], quantized: dict[str, Any])
 
 
 def _from_pretrained(
-    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: torch.dtype | str
+    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: str | torch.dtype
 ) -> PreTrainedModel:
     """The filled model, or MBQError where a tensor is missing, left over or of the wrong shape."""
     try:
@@ -129,10 +123,11 @@ def _from_pretrained(
     return model
 
 
-def _check_shape(name: str, layer: QuantLinear, folder: Path) -> None:
+def _check_shape(name: str, layer: QuantLinear, folder: str | Path) -> None:
     shape = [layer.out_features, layer.in_features]
     if "weight_shape" in layer._buffers and layer.weight_shape.tolist() != shape:
-        raise MBQError(f"{folder} is damaged: weight_shape of {name} is {layer.weight_shape.tolist()}, not {shape}.")
+        found = layer.weight_shape.tolist()
+        raise MBQError(f"{folder} is damaged: weight_shape of {name} is {found}, not {shape}; copy it anew.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -118,8 +118,8 @@ def loading_note(scheme: Scheme) -> str:
     levels = 2**scheme.activations.bits - 1
     return (
         "transformers alone loads this folder with the plain `from_pretrained`, to exactly the weights that `mbq.load` "
-        "runs, unpacked to 16 bit, and quantizes the activations; but compressed-tensors divides the largest value of a "
-        f"token by {levels / 2} where `mbq.load` (and the paper) divide by {levels // 2}, so logits differ. With "
+        "runs, unpacked to 16 bit, and quantizes the activations; but compressed-tensors divides the largest value of "
+        f"a token by {levels / 2} where `mbq.load` (and the paper) divide by {levels // 2}, so logits differ. With "
         "`quantization_config=CompressedTensorsConfig(dequantize=True)` transformers 5.23 leaves the activations in "
         "16 bit, and 5.17 does not."
     )
