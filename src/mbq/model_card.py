@@ -19,7 +19,7 @@ _CARD = """---
 
 # {name}, {scheme}
 
-[{base_model}] quantized to {scheme} by {method}: {weights}{activations}.
+{base} quantized to {scheme} by {method}: {weights}{activations}.
 {before:.1f} MB before, {after:.1f} MB on disk now.
 {kept}
 
@@ -37,8 +37,6 @@ processor = mbq.load_processor("{folder}")
 or on the command line:
 
     mbq generate {folder} --image picture.png --prompt "What is shown?"
-
-With transformers alone:
 
 {loading_note}
 
@@ -78,7 +76,7 @@ def model_card(
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         name=base_model.split("/")[-1],
-        base_model=base_model,
+        base=f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model,
         scheme=recipe.numbers.name,
         method=METHOD_NAMES.get(recipe.method, recipe.method),
         weights=_weights(recipe),
