@@ -105,6 +105,8 @@ def _token_ranges(tokenizer: Any, piece: str, spans: list[Span], where: str) -> 
         ranges = []
         for start, stop in spans:
             touched = [i for i, (first, last) in enumerate(offsets) if first < stop and last > start]
+            if not touched:
+                raise MBQError(f"{where}: the tokenizer drops the whole answer; give the row an answer with text.")
             ranges.append((touched[0], touched[-1] + 1))
         return encoded["input_ids"], ranges
     ids = tokenizer(piece, add_special_tokens=False)["input_ids"]

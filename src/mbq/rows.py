@@ -225,8 +225,10 @@ def _list_items(text: str, name: str) -> Iterator[tuple[str, Any]]:
         counted = place
         where = f"{name}, line {line}"
         if text[place : place + 1] == "]":
-            if text[place + 1 :].strip():
-                raise MBQError(f"{where}: there is more after the end of the list; keep one list a file.")
+            rest = text[place + 1 :].lstrip()
+            if rest:
+                line = text.count("\n", 0, len(text) - len(rest)) + 1
+                raise MBQError(f"{name}, line {line}: there is more after the end of the list; keep one list a file.")
             return
         try:
             item, place = decoder.raw_decode(text, place)
