@@ -1,0 +1,97 @@
+"""Block by block gives what the model gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mbq.blocks import capture, forward, run, run_with, trace
+
+from tests.calibrated import calibrated
+from tests.tiny import FAMILY_NAMES
+
+
+@pytest.fixture(scope="module", params=FAMILY_NAMES)
+def setting(request):
+    return calibrated(request.param)
+
+
+def recorded(module, batches, model):
+    """What goes into and comes out of a module in plain forward passes of the model."""
+    inputs, outputs = [], []
+
+    def hook(module, args, kwargs, output):
+        inputs.append((args[0] if args else kwargs["hidden_states"]).clone())
+        outputs.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    handle = module.register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        for batch in batches:
+            forward(model, batch)
+    handle.remove()
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("storage", [None, torch.device("cpu")])
+def test_running_the_blocks_one_by_one_gives_the_models_hidden_states(setting, storage):
+    binding, batches = setting
+    hidden, calls = capture(binding, batches, storage)
+    for index, block in enumerate(binding.blocks):
+        inputs, outputs = recorded(block, batches, binding.model)
+        torch.testing.assert_close(hidden, inputs)
+        with torch.no_grad():
+            hidden = [run(block, states, call) for states, call in zip(hidden, calls[index], strict=True)]
+        torch.testing.assert_close(hidden, outputs)
+
+
+def test_trace_records_what_each_group_reads_and_what_its_inspected_module_returns(setting):
+    binding, batches = setting
+    block = binding.blocks[0]
+    hidden, calls = capture(binding, batches)
+    traces, outputs = trace(block, binding.architecture.groups, hidden, calls[0])
+    torch.testing.assert_close(outputs, recorded(block, batches, binding.model)[1])
+    for group in binding.architecture.groups:
+        for path in group.linears:
+            read, _ = recorded(block.get_submodule(path), batches, binding.model)
+            torch.testing.assert_close(traces[group.name].inputs, read)
+        _, returned = recorded(block.get_submodule(group.inspect), batches, binding.model)
+        torch.testing.assert_close(traces[group.name].outputs, returned)
+
+
+def test_run_with_equals_a_copy_that_has_these_weights(setting):
+    binding, batches = setting
+    block, group = binding.blocks[1], binding.architecture.groups[0]
+    hidden, calls = capture(binding, batches)
+    traces, _ = trace(block, [group], hidden, calls[1])  # any hidden states will do
+    module = block.get_submodule(group.inspect)
+    before = copy.deepcopy(module.state_dict())
+    paths = [path.removeprefix(group.inspect + ".") for path in group.linears]
+    weights = {path: torch.randn_like(module.get_submodule(path).weight) * 0.1 for path in paths}
+
+    changed = copy.deepcopy(module)
+    for path, weight in weights.items():
+        changed.get_submodule(path).weight.data = weight
+        changed.get_submodule(path).register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+    call = traces[group.name].calls[0]
+    with torch.no_grad():
+        expected = changed(*call.args, **call.kwargs)[0]
+    found = run_with(module, call, weights, lambda x: x * 0.5)
+
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, traces[group.name].outputs[0])
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert not any(module.get_submodule(path)._forward_pre_hooks for path in paths)
+
+
+def test_capture_leaves_modes_and_hooks_as_they_were(setting):
+    binding, batches = setting
+    binding.model.train()
+    binding.blocks[1].eval()
+    modes = [module.training for module in binding.model.modules()]
+    try:
+        capture(binding, batches)
+        assert [module.training for module in binding.model.modules()] == modes
+        assert not any(block._forward_pre_hooks for block in binding.blocks)
+    finally:
+        binding.model.eval()
