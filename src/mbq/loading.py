@@ -78,7 +78,7 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise MBQError(f"The processor of {path} cannot be loaded: {_first_line(error)}; add its files.") from error
+        raise _not_loaded(f"The processor of {path}", error) from error
     if getattr(processor, "image_processor", None) is None:
         raise MBQError(f"{path} has no image processor; add its preprocessor_config.json or processor_config.json.")
     if not processor.chat_template:
@@ -179,7 +179,13 @@ def _tokenizer(path: str | Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise MBQError(f"The tokenizer of {path} cannot be loaded: {_first_line(error)}; add its files.") from error
+        raise _not_loaded(f"The tokenizer of {path}", error) from error
+
+
+def _not_loaded(what: str, error: Exception) -> MBQError:
+    if "trust_remote_code=True" in str(error):
+        return MBQError(f"{what} runs code of its own; read it, then allow it with --trust-remote-code.")
+    return MBQError(f"{what} cannot be loaded: {_first_line(error)}; add its files.")
 
 
 def _from_hub(name: str) -> Path:
