@@ -8,7 +8,6 @@ from typing import Any
 from mbq.architecture import Binding, bind
 from mbq.calibration import CalibrationBatch, calibration_batches
 from mbq.rows import Row
-
 from tests.tiny import picture, tiny
 
 ANSWERS = (

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 import torch
-from mbq.blocks import capture, forward, run, run_with, trace
 
+from mbq.blocks import capture, forward, run, run_with, trace
 from tests.calibrated import calibrated
 from tests.tiny import FAMILY_NAMES
 

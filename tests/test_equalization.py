@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
 from mbq.equalization import (
     ALPHAS,
     TokenRoles,
@@ -26,7 +28,6 @@ from mbq.equalization import (
 from mbq.errors import MBQError
 from mbq.qtensor import fake_quantize
 from mbq.scheme import WeightScheme
-from torch import nn
 
 
 def roles(pattern: str) -> TokenRoles:
