@@ -106,6 +106,20 @@ def test_ignore_keeps_a_linear_in_float(float_folder: Callable[[str], Path], run
     }
 
 
+@pytest.mark.parametrize("family", tiny.FAMILY_NAMES)
+def test_the_vision_tower_is_quantized_where_asked_for(
+    family: str, float_folder: Callable[[str], Path], run: Callable[..., Any]
+) -> None:
+    result = run(float_folder(family), vision_tower="W4A8", num_calibration_samples=4)
+    loaded = mbq.load(result.folder)
+    schemes = {name: module.scheme.name for name, module in loaded.named_modules() if isinstance(module, QuantLinear)}
+    tower = {name for name, scheme in schemes.items() if scheme == "W4A8"}
+    assert tower
+    assert all("vision_tower" in name or "visual" in name for name in tower)
+    assert sum(scheme == "W3A16" for scheme in schemes.values()) == 14
+    assert torch.equal(logits(loaded, result.processor), logits(result.model, result.processor))
+
+
 def test_a_loaded_model_is_not_changed(calibration: Path) -> None:
     model, processor = tiny.tiny("internvl")
     before = copy.deepcopy(model.state_dict())

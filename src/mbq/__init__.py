@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbq.errors import MBQError
-    from mbq.generation import load
     from mbq.loading import load_processor
     from mbq.pipeline import QuantizationResult, quantize
+    from mbq.quantized import load
     from mbq.recipe import Recipe
     from mbq.scheme import SCHEMES, Scheme
 
@@ -27,7 +27,7 @@ _HOME = {
     "Recipe": "recipe",
     "SCHEMES": "scheme",
     "Scheme": "scheme",
-    "load": "generation",
+    "load": "quantized",
     "load_processor": "loading",
     "quantize": "pipeline",
 }

@@ -168,8 +168,9 @@ def generate_command(
     verbose: Verbose = 0,
 ) -> None:
     """Ask a quantized or float model a question about images."""
-    from mbq.generation import generate, load
+    from mbq.generation import generate
     from mbq.loading import load_processor
+    from mbq.quantized import load
 
     processor = load_processor(folder, trust_remote_code)
     model = load(folder, device, dtype, trust_remote_code=trust_remote_code)

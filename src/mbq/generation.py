@@ -1,4 +1,4 @@
-"""Load a model to use it, quantized or not, and ask it one question about images."""
+"""One answer to one question about images."""
 
 from __future__ import annotations
 
@@ -7,32 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 
-from mbq import quantized
 from mbq.images import open_image
-from mbq.loading import load_model, read_config, torch_device, torch_dtype
-
-
-def load(
-    path: str | Path,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    kernel: str = "auto",
-    trust_remote_code: bool = False,
-) -> Any:
-    """The model of a folder or hub id in eval mode, ready to ``generate``; quantized weights stay packed.
-
-    device  "auto" is the GPU if there is one
-    dtype   of float parameters and activations; "auto" is the folder's own
-    kernel  of quantized linears: "auto" or a name of ``mbq.kernels.KERNELS``
-
-    Raises MBQError where there is no model, and for one that is damaged or quantized in another way.
-    """
-    if "quantization_config" not in read_config(path):
-        return load_model(path, device, dtype, trust_remote_code)
-    folder = path if Path(path).is_dir() else snapshot_download(str(path))
-    return quantized.load(folder, torch_device(device), torch_dtype(dtype), kernel, trust_remote_code)
 
 
 @torch.inference_mode()

@@ -15,8 +15,10 @@ from mbq.checkpoint.compressed_tensors import loading_note, quantization_config,
 from mbq.checkpoint.folder import new_folder
 from mbq.model_card import model_card
 from mbq.recipe import Recipe, recipe_yaml
+from mbq.scheme import SCHEMES
 from mbq.search import GroupSearch
 from mbq.sensitivity import Sensitivity
+from mbq.vision_tower import tower_ignore, tower_pattern
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,12 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
     """
     model: Any = binding.model
     base_model = Path(name).name if Path(name).is_dir() else name
-    ignore = binding.ignore(recipe.ignore)
+    ignore, others = binding.ignore(recipe.ignore), {}
+    if recipe.vision_tower is not None:
+        ignore = tower_ignore(binding, recipe.ignore)
+        others = {tower_pattern(binding): SCHEMES[recipe.vision_tower]}
     with new_folder(output, needs=found.bytes_after) as folder:
-        save_model(model, folder, quantization_config(recipe.numbers, ignore), recipe.max_shard_size)
+        save_model(model, folder, quantization_config(recipe.numbers, ignore, others), recipe.max_shard_size)
         processor.save_pretrained(folder)
         _copy_code(name, folder)
         text = recipe_yaml(recipe, base_model, found.data_hash)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,8 +25,10 @@ from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
 from mbq.recipe import Recipe
 from mbq.rows import Row, check_images, data_hash, read_rows
+from mbq.scheme import SCHEMES, Scheme
 from mbq.search import GroupSearch, equalize_model
 from mbq.sensitivity import Sensitivity, measure
+from mbq.vision_tower import smooth_vision_tower, tower_linears
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +93,7 @@ def quantize(
         rows = _rows(recipe, rows)  # before the model, which takes longer
         own, processor, name = _float_model(model, processor, recipe)
         binding = bind(own)
-        targets = binding.linears(recipe.ignore)
-        _check_widths(binding, targets, recipe)
+        targets = _targets(binding, recipe)
     before = _bytes(own)
     with _timed(seconds, "calibrate"):
         batches = _batches(rows, processor, binding, recipe)
@@ -101,18 +102,9 @@ def quantize(
         with _timed(seconds, "sensitivity"):
             sensitivity = _measured(binding, batches, recipe, progress)
     with _timed(seconds, "search"):
-        search = equalize_model(
-            binding,
-            batches,
-            chosen,
-            recipe.numbers,
-            _search_options(recipe),
-            sensitivity=sensitivity,
-            targets=targets,
-            progress=progress,
-        )
+        search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, progress)
     with _timed(seconds, "quantize"):
-        _pack_linears(binding.model, targets, chosen, recipe, progress)
+        _pack_linears(own, targets, chosen, progress)
     after, folder = _bytes(own), None
     if output is not None:
         with _timed(seconds, "write"):
@@ -173,18 +165,23 @@ def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False)
     return model if keep else copy.deepcopy(model), processor, name
 
 
-def _check_widths(binding: Binding, targets: list[str], recipe: Recipe) -> None:
-    """Raise MBQError for a linear whose width is no multiple of the group size."""
+def _targets(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
+    """The linears to quantize and their schemes: those of the blocks, and of the vision tower's where asked for.
+
+    Raises MBQError for a linear whose width is no multiple of the group size.
+    """
+    targets = dict.fromkeys(binding.linears(recipe.ignore), recipe.numbers)
     size = recipe.numbers.weights.group_size
-    if size is None:
-        return
-    for name in targets:
+    for name in targets if size else ():
         width = _linear(binding.model, name).in_features
-        if width % size:
+        if width % cast(int, size):
             raise MBQError(
                 f"{name} reads {width} channels, no multiple of the group size {size}; choose a --group-size that "
                 f"divides it, or keep it in 16 bits with --ignore {name}."
             )
+    if recipe.vision_tower is not None:
+        targets |= dict.fromkeys(tower_linears(binding, recipe.ignore), SCHEMES[recipe.vision_tower])
+    return targets
 
 
 def _batches(rows: list[Row], processor: Any, binding: Binding, recipe: Recipe) -> list[CalibrationBatch]:
@@ -210,8 +207,17 @@ def _measured(binding: Binding, batches: list[CalibrationBatch], recipe: Recipe,
     return measure(binding, batches, parity=recipe.parity, progress=done)
 
 
-def _search_options(recipe: Recipe) -> SearchOptions:
-    return SearchOptions(
+def _equalize(
+    binding: Binding,
+    batches: list[CalibrationBatch],
+    method: Method,
+    targets: Collection[str],
+    sensitivity: Sensitivity | None,
+    recipe: Recipe,
+    progress: Progress,
+) -> list[GroupSearch]:
+    """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
+    options = SearchOptions(
         norm=recipe.norm,
         objective=recipe.objective,
         vision_weight=recipe.vision_weight,
@@ -219,16 +225,21 @@ def _search_options(recipe: Recipe) -> SearchOptions:
         distorted_input=recipe.distorted_input,
         parity=recipe.parity,
     )
+    scheme = recipe.numbers
+    search = equalize_model(
+        binding, batches, method, scheme, options, sensitivity=sensitivity, targets=targets, progress=progress
+    )
+    if recipe.vision_tower is not None:
+        smooth_vision_tower(binding, batches, recipe.ignore)
+    return search
 
 
 @torch.no_grad()
-def _pack_linears(model: nn.Module, targets: list[str], method: Method, recipe: Recipe, progress: Progress) -> None:
+def _pack_linears(model: nn.Module, targets: Mapping[str, Scheme], method: Method, progress: Progress) -> None:
     """Replace each linear of ``targets`` by its packed layer; the float weight is freed at once."""
-    scheme = recipe.numbers
-    for done, name in enumerate(targets, start=1):
+    for done, (name, scheme) in enumerate(targets.items(), start=1):
         linear = _linear(model, name)
-        codes = method.round(linear.weight, scheme.weights)
-        layer = QuantLinear.from_qtensor(codes, scheme, linear.bias)
+        layer = QuantLinear.from_qtensor(method.round(linear.weight, scheme.weights), scheme, linear.bias)
         layer.use("auto")
         model.set_submodule(name, layer)
         progress("quantize", done, len(targets), name)
