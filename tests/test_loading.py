@@ -102,6 +102,15 @@ def test_remote_code_is_not_run_unasked(tmp_path: Path) -> None:
     load_processor(tmp_path)  # the tokenizer is a plain one, and the configuration's code is not needed
 
 
+def test_remote_code_of_another_transformers(tmp_path: Path) -> None:
+    """Code from before transformers 5 leaves out ``post_init``, which from_pretrained relies on today."""
+    save("internvl2_internlm2", tmp_path)
+    code = tmp_path / "modeling_internvl_chat.py"
+    code.write_text(code.read_text().replace("        self.post_init()\n", ""))
+    message = refused(tmp_path, trust_remote_code=True)
+    assert f"The code in {tmp_path} does not run with transformers" in message
+
+
 def test_a_tokenizer_with_code_is_not_run_unasked(tmp_path: Path) -> None:
     save("internvl2_internlm2", tmp_path)
     (tmp_path / "tokenization.py").write_text("raise SystemExit('this code ran')")

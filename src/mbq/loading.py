@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
@@ -58,6 +59,13 @@ def load_model(
         model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise MBQError(f"{path} cannot be loaded: {_first_line(error)}; check that it is complete.") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        if auto_class is AutoModelForImageTextToText:
+            raise
+        raise MBQError(
+            f"The code in {path} does not run with transformers {transformers.__version__} "
+            f"({type(error).__name__}: {_first_line(error)}); give the same model in transformers' own format."
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise MBQError(f"{path} has no weights for {missing[0]} ({len(missing)} missing in all); download it again.")
