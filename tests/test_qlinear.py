@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -32,16 +34,19 @@ def test_output_is_that_of_fake_quantization(scheme: Scheme, bias: bool, kernel:
         linear, weight, offset = layer(scheme, dtype, bias)
         linear.use(kernel)
         x = torch.randn(2, 5, weight.shape[1]).to(dtype)
-        x_rounded = fake_quantize_activations(x.float(), scheme.activations) if scheme.activations is not None else x
-        fake = fake_quantize(weight, scheme.weights).double()
+        if scheme.activations is None:
+            x_rounded, fake = x.double(), fake_quantize(weight, scheme.weights).double()
+        else:  # integers times integers: the scales come in afterwards, so nothing is rounded to x's dtype before
+            q = quantize(weight, scheme.weights)
+            x_rounded = fake_quantize_activations(x.float(), scheme.activations).double()
+            fake = dequantize(replace(q, scale=q.scale.double()))
         shift = torch.zeros(37) if offset is None else offset
-        expected = x_rounded.double() @ fake.T + shift.double()
+        expected = x_rounded @ fake.T + shift.double()
+        terms = x_rounded.abs() @ fake.abs().T
         output = linear(x)
         assert output.dtype == dtype
         # One rounding of the product and one of the sum; everything before is exact or in float32.
-        bound = torch.finfo(dtype).eps * (expected.abs() + shift.abs()) + 1e-6 * (
-            x_rounded.double().abs() @ fake.abs().T
-        )
+        bound = torch.finfo(dtype).eps * (expected.abs() + shift.abs()) + 1e-6 * terms
         assert ((output.double() - expected).abs() <= bound).all()
 
 

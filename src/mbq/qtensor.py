@@ -122,7 +122,7 @@ def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _signed_codes(
     grouped: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, scheme: WeightScheme
 ) -> torch.Tensor:
-    """codes - zero_point, in float32. One clamp between shifted bounds equals add, clamp, subtract: all are integers."""
+    """codes - zero_point in float32. Clamping between shifted bounds equals add, clamp, subtract: all are integers."""
     codes = (grouped / scale).round_()
     if zero is None:
         return codes.clamp_(-(2 ** (scheme.bits - 1)), 2 ** (scheme.bits - 1) - 1)
