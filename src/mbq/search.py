@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torch import nn
 from mbq.architecture import Binding, LinearGroup
 from mbq.blocks import Call, GroupTrace, capture, run_with, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
-from mbq.equalization import TokenRoles, check_norm, fold, value_rows
+from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
 from mbq.group import Group, Weighing
 from mbq.methods.method import Method, SearchOptions
 from mbq.progress import Progress, silent
@@ -32,8 +33,14 @@ class GroupSearch:
     losses: tuple[float, ...] = ()
     skipped: str | None = None
 
+    @property
+    def loss(self) -> float | None:
+        """The loss of the choice, None where nothing was compared."""
+        return self.losses[ALPHAS.index(self.alpha)] if self.alpha is not None and self.losses else None
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON knows no NaN or infinity: such losses become null."""
+        return asdict(self) | {"losses": [value if math.isfinite(value) else None for value in self.losses]}
 
 
 @torch.no_grad()
@@ -222,5 +229,5 @@ def _flat(masks: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _note(index: int, rows: Sequence[GroupSearch]) -> str:
-    losses = [min(row.losses) for row in rows if row.losses]
+    losses = [row.loss for row in rows if row.loss is not None]
     return f"block {index}, loss {sum(losses):.3g}" if losses else f"block {index}"
