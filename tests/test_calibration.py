@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import FAMILY_NAMES, picture, tiny
 
 from mbq.calibration import (
     INTERLEAVED_TOKENS,
@@ -22,16 +21,17 @@ from mbq.calibration import (
 )
 from mbq.errors import MBQError
 from mbq.rows import Row
+from tests.chats import END, one, row, said, vision_ids
+from tests.tiny import ALL_FAMILY_NAMES, picture, tiny
 
-END = "<|im_end|>"
 # Vision tokens of one 56x56 picture. LLaVA-OneVision: 2x2 of the base view, 2x2 of one tile, a newline a row of it.
 # InternVL: one tile of 4. Qwen2-VL: 4x4 patches of 14 pixels, merged 2x2.
-ONE_PICTURE = {"llava_onevision": 4 + 4 + 2, "internvl": 4, "qwen2_vl": 4}
+ONE_PICTURE = {"llava_onevision": 4 + 4 + 2, "internvl": 4, "qwen2_vl": 4, "internvl2_internlm2": 4}
 # Of each of several: LLaVA-OneVision then has the base view only, and its newline.
-OF_SEVERAL = {"llava_onevision": 4 + 1, "internvl": 4, "qwen2_vl": 4}
+OF_SEVERAL = {"llava_onevision": 4 + 1, "internvl": 4, "qwen2_vl": 4, "internvl2_internlm2": 4}
 
 
-@pytest.fixture(scope="module", params=FAMILY_NAMES)
+@pytest.fixture(scope="module", params=ALL_FAMILY_NAMES)
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -44,33 +44,6 @@ def made(family: str) -> tuple[Any, Any]:
 @pytest.fixture(scope="module")
 def processor(made: tuple[Any, Any]) -> Any:
     return made[1]
-
-
-def vision_ids(processor: Any) -> set[int]:
-    return {processor.tokenizer.convert_tokens_to_ids(processor.image_token)}
-
-
-def row(*turns: Any, where: str = "calib.jsonl, line 1") -> Row:
-    """Turns are texts, the user's first; a number in a user's list is a picture of that seed."""
-    messages = []
-    for index, turn in enumerate(turns):
-        parts = turn if isinstance(turn, list) else [turn]
-        content = [
-            {"type": "image", "image": picture(part)} if isinstance(part, int) else {"type": "text", "text": part}
-            for part in parts
-        ]
-        messages.append({"role": ("user", "assistant")[index % 2], "content": content})
-    return Row(messages, where)
-
-
-def one(row: Row, processor: Any, **options: Any) -> CalibrationBatch:
-    (batch,) = calibration_batches([row], processor, vision_ids(processor), num_samples=1, **options)
-    return batch
-
-
-def said(processor: Any, batch: CalibrationBatch, index: int = 0) -> str:
-    labels = batch.labels[index]
-    return processor.tokenizer.decode(labels[labels != NO_LABEL])
 
 
 def common(ids: list[int], other: list[int]) -> int:
@@ -283,99 +256,54 @@ def test_interleaved_samples_need_a_text_file(text: str | None, tmp_path: Path) 
 
 
 def test_an_image_token_in_the_text_is_refused(processor: Any) -> None:
-    with pytest.raises(MBQError, match=r"line 1: 1 images, but .* 2 times"):
+    with pytest.raises(MBQError, match=r"line 1: the row has 1 image.s., but .* 2 time"):
         one(row([0, f"What does {processor.image_token} mean?"], "An image."), processor)
 
 
-def test_a_template_that_leaves_images_out_is_refused(processor: Any) -> None:
+def test_a_template_that_leaves_images_out_is_refused() -> None:
     _, other = tiny("qwen2_vl")
     other.chat_template = "{% for message in messages %}{{ message['content'][-1]['text'] }}{% endfor %}"
-    with pytest.raises(MBQError, match=r"line 1: 1 images, but .* 0 times"):
+    with pytest.raises(MBQError, match=r"line 1: the row has 1 image.s., but .* 0 time"):
         one(row([0, "What?"], "A star."), other)
 
 
-TEMPLATES = {
-    # Spaces around the answer that are not its own, and no end of turn.
-    "llava 1.5": ("USER: {q} ASSISTANT: {a} ", "A red circle."),
-    # The answer is trimmed, and its end of turn stands right after it.
-    "trimmed": ("<|im_start|>u\n{q}<|im_end|>\n<|im_start|>a\n{a}<|im_end|>\n", "A red circle.<|im_end|>"),
-}
+def test_a_question_without_an_answer_is_no_sample(processor: Any) -> None:
+    with pytest.raises(MBQError, match=r"line 1: the row has no answer"):
+        one(row([0, "What?"]), processor)
 
 
-def with_template(kind: str) -> Any:
-    _, processor = tiny("internvl")
-    frame, _ = TEMPLATES[kind]
-    head, middle = frame.split("{q}")
-    middle, tail = middle.split("{a}")
-    strip = "|trim" if kind == "trimmed" else ""
-    processor.chat_template = (
-        "{%- for m in messages %}{%- if m['role'] == 'user' %}{{- HEAD }}{%- for c in m['content'] %}"
-        "{%- if c['type'] == 'image' %}{{- '<IMG_CONTEXT>' }}{%- else %}{{- c['text'] }}{%- endif %}{%- endfor %}"
-        "{{- MIDDLE }}{%- else %}{{- m['content'][0]['text']STRIP }}{{- TAIL }}{%- endif %}{%- endfor %}"
-    ).replace("STRIP", strip)
-    for name, text in (("HEAD", head), ("MIDDLE", middle), ("TAIL", tail)):
-        processor.chat_template = processor.chat_template.replace(name, "'" + text.replace("\n", "\\n") + "'")
-    return processor
-
-
-@pytest.mark.parametrize("kind", TEMPLATES)
-def test_other_templates(kind: str) -> None:
-    processor = with_template(kind)
-    batch = one(
-        row([0, 1, "What? A red circle."], "A red circle. " if kind == "trimmed" else "A red circle."), processor
+def test_progress_counts_samples(processor: Any) -> None:
+    seen: list[int] = []
+    batches = calibration_batches(
+        numbered(5), processor, vision_ids(processor), num_samples=3, batch_size=2, progress=seen.append
     )
-    assert said(processor, batch).strip() == TEMPLATES[kind][1]
-    assert int(batch.vision.sum()) == 8  # pictures side by side, with nothing written between them
+    assert seen == [1, 2, 3]
+    assert [len(batch.labels) for batch in batches] == [2, 1]
 
 
-def test_a_template_that_drops_earlier_answers_is_refused() -> None:
-    _, processor = tiny("qwen2_vl")
-    processor.chat_template = "{% for c in messages[-1]['content'] %}{{ c['text'] }}{% endfor %}"
-    with pytest.raises(MBQError, match=r"line 1: the answer of message 2 cannot be told apart"):
-        one(row("What?", "A star.", "Sure?", "Yes."), processor)
-
-
-def test_a_template_that_refuses_the_row_is_a_sentence() -> None:
-    _, processor = tiny("qwen2_vl")
-    processor.chat_template = "{{ raise_exception('no system message\n please') }}"
-    with pytest.raises(MBQError, match=r"line 1: the model's processor refuses the row \(no system message please\)"):
-        one(row("What?", "A star."), processor)
-
-
-class Slow:
-    """A tokenizer without character offsets, like the original one of InternVL2."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, text: str, **options: Any) -> Any:
-        assert "return_offsets_mapping" not in options
-        return self.tokenizer(text, **options)
-
-
-class SlowProcessor:
-    def __init__(self, processor: Any) -> None:
-        self.processor, self.tokenizer = processor, Slow(processor.tokenizer)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.processor, name)
-
-    def __call__(self, **options: Any) -> Any:
-        return self.processor(**options)
-
-
-def test_a_tokenizer_without_offsets_gives_the_same_labels_or_refuses(family: str, processor: Any) -> None:
-    asked = row([0, "What?"], "A star.", "And?", "Yes")
-    if family == "llava_onevision":  # "assistant A star." joins the space before the answer with its first letter
-        with pytest.raises(MBQError, match="use a fast tokenizer"):
-            one(asked, SlowProcessor(processor))
+@pytest.mark.parametrize("size", [(56, 56), (112, 56), (100, 61), (168, 70)])
+def test_pictures_of_any_size_have_as_many_vision_tokens_as_features(
+    size: tuple[int, int], made: tuple[Any, Any]
+) -> None:
+    """The reference is the model: it stops where features and tokens differ in number."""
+    model, processor = made
+    messages = row([0, "What?"], "A star.").messages
+    messages[0]["content"][0]["image"] = picture(0, 168).resize(size)
+    batch = one(Row(messages, "x"), processor)
+    (tower,) = [
+        module
+        for name, module in model.named_modules()
+        if name.endswith(("multi_modal_projector", "mlp1", "visual.merger"))
+    ]
+    features = []
+    hook = tower.register_forward_hook(lambda module, args, output: features.append(output.flatten(0, -2).shape[0]))
+    with torch.no_grad():
+        model(**batch.inputs)
+    hook.remove()
+    if type(model).__name__.startswith("Llava"):  # padding is cut off and newlines are added after the projector
+        assert batch.vision.sum() > 4
     else:
-        assert torch.equal(one(asked, SlowProcessor(processor)).labels, one(asked, processor).labels)
+        assert features == [int(batch.vision.sum())]
 
 
 def test_bad_images_are_found_before_the_model_sees_anything(processor: Any, tmp_path: Path) -> None:

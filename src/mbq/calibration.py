@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ def calibration_batches(
     seed: int = 0,
     formatting: str = "plain",
     text: str | Path | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[CalibrationBatch]:
     """Draw ``num_samples`` samples and pass them through the model's own chat template and processor.
 
@@ -84,6 +85,7 @@ def calibration_batches(
     formatting        "plain": a row is a sample; "few-shot": two rows, one conversation; "interleaved": two rows with
                       512 tokens of plain text, which have no role, between them (MBQ, section on calibration data)
     text              the UTF-8 file that "interleaved" takes its text from
+    progress          called with the number of samples done
 
     Raises MBQError, naming the row, for missing or corrupt images, images and image tokens that do not match, and
     answers that cannot be found or lie wholly behind ``max_length``; and for too few rows.
@@ -94,7 +96,11 @@ def calibration_batches(
         if formatting == "interleaved":
             passages = _passages(text, processor.tokenizer, num_samples, seed)
         drawn = [_joined(*pair) for pair in zip(drawn[0::2], drawn[1::2], passages, strict=True)]
-    samples = [encode(row, processor, vision_token_ids, max_length) for row in drawn]
+    samples = []
+    for done, row in enumerate(drawn, start=1):
+        samples.append(encode(row, processor, vision_token_ids, max_length))
+        if progress is not None:
+            progress(done)
     pad = processor.tokenizer.pad_token_id
     return [
         collate(samples[start : start + batch_size], 0 if pad is None else pad)
@@ -115,6 +121,8 @@ def encode(row: Row, processor: Any, vision_token_ids: set[int], max_length: int
         raise MBQError(f"{row.where}: the model's processor refuses the row ({reason}); mend it or drop it.") from error
     ids = inputs["input_ids"]
     vision = torch.isin(ids, torch.tensor(sorted(vision_token_ids), dtype=ids.dtype))
+    if not spans:
+        raise MBQError(f"{row.where}: the row has no answer; give it an assistant message with text, or drop it.")
     answers = answer_tokens(text, spans, ids[0].tolist(), vision[0].tolist(), processor, row.where)
     _check_length(answers, vision[0], max_length, row.where)
     cut = {key: value[:, :max_length] if value.shape == ids.shape else value for key, value in inputs.items()}
@@ -137,8 +145,8 @@ def _check_placeholders(text: str, processor: Any, pictures: int, where: str) ->
     written = text.count(processor.image_token)
     if written != pictures:
         raise MBQError(
-            f"{where}: {pictures} images, but the chat has the image token {processor.image_token} {written} times; "
-            "take the token out of the texts, or use a chat template that writes images."
+            f"{where}: the row has {pictures} image(s), but the chat has {processor.image_token} {written} time(s); "
+            "take the image token out of the texts, or use a chat template that writes images."
         )
 
 
