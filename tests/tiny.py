@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tests.internlm2.configuration_internvl_chat import InternVLChatConfig
-from tests.internlm2.modeling_internvl_chat import InternVLChatModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
@@ -49,6 +47,8 @@ from transformers import (
 )
 
 from mbq.internvl_chat import adapt, processor_for
+from tests.internlm2.configuration_internvl_chat import InternVLChatConfig
+from tests.internlm2.modeling_internvl_chat import InternVLChatModel
 
 FAMILY_NAMES = ("llava_onevision", "internvl", "qwen2_vl")
 ALL_FAMILY_NAMES = (*FAMILY_NAMES, "internvl2_internlm2")
