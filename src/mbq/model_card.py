@@ -20,7 +20,7 @@ _CARD = """---
 # {name}, {scheme}
 
 {base} quantized to {scheme} by {method}: {weights}{activations}.
-{before:.1f} MB before, {after:.1f} MB on disk now.
+{tower}{before:.1f} MB before, {after:.1f} MB on disk now.
 {kept}
 
 ## Load it
@@ -81,6 +81,7 @@ def model_card(
         method=METHOD_NAMES.get(recipe.method, recipe.method),
         weights=_weights(recipe),
         activations=_activations(recipe),
+        tower=f"The vision tower's blocks are {recipe.vision_tower}, by SmoothQuant.\n" if recipe.vision_tower else "",
         before=megabytes[0],
         after=megabytes[1],
         kept="In 16 bits: " + ", ".join(f"`{pattern}`" for pattern in kept) + "." if kept else "",
