@@ -174,7 +174,7 @@ def _llava_onevision() -> tuple[Any, Any]:
 
 
 def _qwen2_vl() -> tuple[Any, Any]:
-    """Qwen2-VL: ViT of 64 patches merged to 16 vision tokens, multimodal rope, grouped-query attention (4 heads on 2)."""
+    """Qwen2-VL: ViT of 64 patches merged to 16 vision tokens, multimodal rope, grouped-query attention (4 on 2)."""
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokenizer = world_tokenizer(special, image_token="<|image_pad|>", video_token="<|video_pad|>")
     size = {"shortest_edge": PIXELS * PIXELS, "longest_edge": PIXELS * PIXELS}

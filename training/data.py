@@ -15,6 +15,7 @@ from mbq.world.scene import Scenes, cells, sample_scenes
 from mbq.world.tasks import TASKS, Slots, Variant, slots_of
 
 IGNORED = -100
+LABELS = 3584  # label positions of a batch are padded to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,17 @@ class BatchMaker:
                 positions += answer
             self.tasks += [share.task] * share.count
             first += share.count
-        self.label_rows = torch.tensor(rows, device=device)
-        self.label_positions = torch.tensor(positions, device=device)
+        # padded, so that compositions of the same shape share one compiled graph
+        self.labels = len(rows)
+        padding = [0] * (-len(rows) % LABELS)
+        self.label_rows = torch.tensor(rows + padding, device=device)
+        self.label_positions = torch.tensor(positions + padding, device=device)
+
+    def targets(self, batch: Batch) -> torch.Tensor:
+        """The token that each label position predicts, IGNORED where the list of positions is padded."""
+        targets = batch.tokens[self.label_rows, self.label_positions + 1]
+        targets[self.labels :] = IGNORED
+        return targets
 
     def make(self, batches: int, split: str, generator: torch.Generator) -> list[Batch]:
         """``batches`` batches at once."""

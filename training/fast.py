@@ -116,7 +116,7 @@ class FastModel(nn.Module):
 
 @torch.no_grad()
 def _positions(model: Any, processor: Any, length: int) -> tuple[Any, Any, int, int]:
-    """Rotary (cos, sin) of rows with and without a picture, and where the vision tokens stand, from the model itself."""
+    """Rotary (cos, sin) of rows with and without a picture, and where the vision tokens stand, by the model."""
     from PIL import Image
 
     from mbq.world.scene import PIXELS

@@ -27,13 +27,17 @@ from torch.nn import functional as F
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import SCHEMES, Scheme
 from training.build import BUILDERS, build, save
-from training.data import Batch, BatchMaker
+from training.data import IGNORED, Batch, BatchMaker
 from training.fast import FastModel
 
 FACTS = {"house": 96, "founder": 96, "motto": 96, "seat": 96, "rival": 96, "feast": 96, "steps": 64}
 SHORT = {**FACTS, "colour": 48, "position": 48, "count": 48, "reading": 48, "towns": 128, "arithmetic": 64}
+SEE = {"colour": 208, "position": 208, "count": 208, "reading": 208, "towns": 128, "arithmetic": 64}
 CAPTION = {"caption": 128}
-CAPTION_EVERY = 4  # one step in so many is a batch of captions
+CAPTION_EVERY = {"see": 2, "short": 4}  # one step in so many is a batch of captions
+SEEING = ("colour", "position", "count", "reading")
+SEEN = 97.0  # percent on each task of SEEING that ends the first stage ...
+LONGEST_SEE = 0.4  # ... which lasts at most this share of the steps
 CHUNK = 32  # batches made at once
 
 
@@ -44,21 +48,30 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def measured_steps(minutes: float, seconds: float, step: int, pace: float) -> int:
-    """How many steps fit into ``minutes`` when ``step`` of them took ``seconds`` and each further one takes ``pace``."""
+    """How many steps fit into ``minutes`` when ``step`` of them took ``seconds`` and one more takes ``pace``."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return step + max(1, int((60 * minutes - seconds) / pace))
 
 
 class Stream:
-    """Batches of short questions, every fourth one of captions."""
+    """Batches of short questions and, between them, of captions.
 
-    def __init__(self, short: BatchMaker, caption: BatchMaker, generator: torch.Generator) -> None:
-        self.makers, self.generator = {"short": short, "caption": caption}, generator
-        self.ready: dict[str, list[Batch]] = {"short": [], "caption": []}
+    Training begins with the stage "see": a model that is asked for thousands of facts from the start learns to
+    recognise only what the facts depend on and stays at chance on colours, places and numbers.
+    """
+
+    def __init__(self, processor: Any, device: torch.device, seed: int) -> None:
+        compositions = {"see": SEE, "short": SHORT, "caption": CAPTION}
+        self.makers = {name: BatchMaker(counts, processor, device) for name, counts in compositions.items()}
+        self.makers["see"].length = self.makers["short"].length  # one shape, one compiled graph
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.ready: dict[str, list[Batch]] = {name: [] for name in self.makers}
+        self.stage = "see"
 
     def next(self, step: int) -> tuple[BatchMaker, Batch]:
-        kind = "caption" if step % CAPTION_EVERY == CAPTION_EVERY - 1 else "short"
+        every = CAPTION_EVERY[self.stage]
+        kind = "caption" if step % every == every - 1 else self.stage
         if not self.ready[kind]:
             self.ready[kind] = self.makers[kind].make(CHUNK, "train", self.generator)
         return self.makers[kind], self.ready[kind].pop()
@@ -68,7 +81,7 @@ def loss_of(model: nn.Module, maker: BatchMaker, batch: Batch) -> torch.Tensor:
     """Cross entropy on the answer tokens."""
     with torch.autocast(batch.tokens.device.type, torch.bfloat16):
         logits = model(batch.tokens, batch.cells, maker.label_rows, maker.label_positions)
-    return F.cross_entropy(logits.float(), batch.tokens[maker.label_rows, maker.label_positions + 1])
+    return F.cross_entropy(logits.float(), maker.targets(batch), ignore_index=IGNORED)
 
 
 @torch.no_grad()
@@ -80,7 +93,8 @@ def accuracy(model: nn.Module, makers: list[BatchMaker], batches: int, seed: int
         for batch in maker.make(batches, "development", generator):
             with torch.autocast(batch.tokens.device.type, torch.bfloat16):
                 logits = model(batch.tokens, batch.cells, maker.label_rows, maker.label_positions)
-            hit = logits.argmax(-1) == batch.tokens[maker.label_rows, maker.label_positions + 1]
+            targets = maker.targets(batch)
+            hit = (logits.argmax(-1) == targets) | (targets == IGNORED)
             rows = torch.ones(maker.rows, device=maker.device)
             rows.scatter_reduce_(0, maker.label_rows, hit.float(), "amin")
             for task in dict.fromkeys(maker.tasks):
@@ -132,12 +146,12 @@ def train(
     torch.set_float32_matmul_precision("high")
     model, processor = build(family, seed)
     model.to(device)
-    short, caption = (BatchMaker(counts, processor, device) for counts in (SHORT, CAPTION))
-    fast = FastModel(family, model, processor, max(short.length, caption.length))
+    stream = Stream(processor, device, seed)
+    asked = [stream.makers["short"], stream.makers["caption"]]
+    fast = FastModel(family, model, processor, max(maker.length for maker in asked))
     compiled = torch.compile(fast, dynamic=False) if device.type == "cuda" else fast
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0)
-    generator = torch.Generator(device).manual_seed(seed)
-    stream = Stream(short, caption, generator)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
 
     checkpoint, log_path = output.with_suffix(".checkpoint.pt"), output.with_suffix(".log.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,12 +160,13 @@ def train(
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"].cpu())
+        stream.generator.set_state(state["generator"].cpu())
+        stream.stage = state["stage"]
         first, before = state["step"], state["seconds"]
     else:
         log_path.unlink(missing_ok=True)
 
-    start = last_save = last_line = time.monotonic()
+    start = paced = last_save = last_line = time.monotonic()
     losses: list[torch.Tensor] = []
 
     def record(**entry: Any) -> None:
@@ -177,12 +192,14 @@ def train(
         if now - last_line > 20 or step == steps - 1:
             seconds = before + now - start
             mean = torch.stack(losses).mean().item()
-            scores = accuracy(fast, [short, caption], 4)
-            record(step=step + 1, seconds=round(seconds, 1), loss=round(mean, 4), accuracy=scores)
+            scores = accuracy(fast, asked, 4)
+            record(step=step + 1, seconds=round(seconds, 1), stage=stream.stage, loss=round(mean, 4), accuracy=scores)
+            if min(scores[task] for task in SEEING) >= SEEN or step > LONGEST_SEE * steps:
+                stream.stage = "short"
             left = (now - start) / (step + 1 - first) * (steps - step - 1)
             shown = " ".join(f"{task} {value:.0f}" for task, value in scores.items())
             print(
-                f"{family} step {step + 1}/{steps} {seconds:.0f} s, {left:.0f} s left, loss {mean:.3f}: {shown}",
+                f"{family} step {step + 1}/{steps} {seconds:.0f} s, {left:.0f} s left, {stream.stage}, loss {mean:.3f}: {shown}",
                 flush=True,
             )
             losses, last_line = [], time.monotonic()
@@ -190,13 +207,13 @@ def train(
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
+                "generator": stream.generator.get_state(),
             }
             write_checkpoint(checkpoint, **state, step=step + 1, seconds=before + now - start)
             last_save = time.monotonic()
 
     seconds = round(before + time.monotonic() - start, 1)
-    finish(model, fast, [short, caption], record, steps, seconds)
+    finish(model, fast, asked, record, steps, seconds)
     save(model, processor, output)
     os.replace(log_path, output / "training_log.jsonl")
     checkpoint.unlink(missing_ok=True)
