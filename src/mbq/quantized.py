@@ -38,13 +38,16 @@ def load(
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise MBQError(f"Unknown kernel {kernel!r}; choose auto or one of {', '.join(KERNELS)}.")
-    quantized = read_config(folder).get("quantization_config")
+    config = read_config(folder)
+    quantized = config.get("quantization_config")
     target, wanted = torch_device(device or "cpu"), torch_dtype(dtype or "auto")
     if quantized is None:
         return load_model(folder, target, wanted, trust_remote_code)
     method = quantized.get("quant_method")
     if method != "compressed-tensors":
         raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
+    if config.get("auto_map") and not trust_remote_code:
+        raise MBQError(f"{folder} runs code of its own (*.py); read it, then allow it with --trust-remote-code.")
     model = _load_packed(Path(folder), quantized, wanted, trust_remote_code)
     model.to(target)  # type: ignore[arg-type]
     for name, layer in model.named_modules():
@@ -82,8 +85,9 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[Pre
                 return get_class_from_dynamic_module(reference, str(folder))
     found = getattr(transformers, names[0], None) if names else None
     if found is None:
-        hint = "; to run the folder's own code, give trust_remote_code" if getattr(config, "auto_map", None) else ""
-        raise MBQError(f"config.json of {folder} names the classes {names}, which transformers does not have{hint}.")
+        raise MBQError(
+            f"config.json of {folder} names the classes {names}, which transformers does not have; update it."
+        )
     return found
 
 

@@ -61,7 +61,8 @@ def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     if not layers:
         raise MBQError("quantization_config in config.json matches no linear of this model; check its ignore patterns.")
     for name, layer in layers.items():
-        model.set_submodule(name, layer.to_empty(device=model.get_submodule(name).weight.device))
+        weight = model.get_parameter(f"{name}.weight")
+        model.set_submodule(name, layer.to_empty(device=weight.device))
     return list(layers)
 
 
@@ -107,8 +108,17 @@ def check_names(model: nn.Module, config: Mapping[str, Any]) -> None:
             raise MBQError(f"{name} is {state}, but the ignore patterns {ignore} say otherwise; correct --ignore.")
 
 
-def loading_note(scheme: Scheme) -> str:
-    """Markdown for the model card: which call of transformers loads a folder of this scheme, and what it computes."""
+def loading_note(scheme: Scheme, others: Mapping[str, Scheme] | None = None) -> str:
+    """Markdown for the model card: which call of transformers loads a folder of this scheme, and what it computes.
+
+    others  as for ``quantization_config``
+    """
+    if not scheme.weights.symmetric and any(other != scheme for other in (others or {}).values()):
+        return (
+            "`mbq.load` loads this folder. transformers alone loads it up to 5.17 with compressed-tensors 0.18; "
+            "transformers 5.23 with compressed-tensors 0.20 cannot, because there packed zero points need "
+            "`dequantize=True`, which takes one scheme for the whole model."
+        )
     if scheme.activations is None:
         return (
             "transformers alone loads this folder with the plain `from_pretrained`, to exactly the weights that "
