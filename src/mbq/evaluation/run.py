@@ -16,7 +16,7 @@ from mbq.errors import MBQError
 from mbq.evaluation.questions import Questions, prepare, select
 from mbq.evaluation.results import Results
 from mbq.evaluation.scoring import score
-from mbq.evaluation.table import summary_table, task_table
+from mbq.evaluation.table import results_table
 from mbq.progress import Progress, silent
 from mbq.rows import Row, check_images, read_rows
 
@@ -100,12 +100,12 @@ def run(
         rows = world_questions(folder, tasks, limit) if data is None else read_questions(data, images, tasks, limit)
         questions: Questions | None = None
         for path in (model,) if baseline is None else (baseline, model):
-            loaded, processor = mbq.load(path, **loading)
+            loaded = mbq.load(path, **loading)
             if questions is None:
+                processor = mbq.load_processor(path, loading.get("trust_remote_code", False))
                 questions = prepare(rows, processor, batch_size, progress)
             results.append(evaluate(loaded, questions, name=Path(path).name, progress=progress))
-    console.print(task_table(results))
-    console.print(summary_table(results))
+    console.print(results_table(results))
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
         for result in results:

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal."""
+"""Results as a table for the terminal, narrow enough for 80 columns with four models."""
 
 from __future__ import annotations
 
@@ -11,49 +11,36 @@ from mbq.evaluation.results import Results
 from mbq.evaluation.statistics import Interval
 
 
-def task_table(results: Sequence[Results], names: Sequence[str] | None = None) -> Table:
-    """A row a task, a column a model: accuracy in per cent, and the longer arm of its 95 % interval."""
-    first = results[0]
-    table = Table(title="Right answers a task, % (95 % interval)", box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("task")
-    for name in names or [result.model for result in results]:
-        table.add_column(name, justify="right")
-    for group in (first.image_tasks, first.text_tasks):
-        for task in group:
-            table.add_row(task, *(_plus_minus(result.accuracy(task)) for result in results))
-        if len(group) > 1:
-            kind = "image" if group is first.image_tasks else "text"
-            table.add_row(
-                f"mean, {len(group)} {kind} tasks",
-                *(_plus_minus(result.mean(group)) for result in results),
-                style="bold",
-                end_section=True,
-            )
-    return table
+def results_table(results: Sequence[Results], title: str = "", names: Sequence[str] | None = None) -> Table:
+    """A row a task, a column a model: right answers in per cent, and the longer arm of the 95 % interval.
 
-
-def summary_table(results: Sequence[Results]) -> Table:
-    """A row a model: means over image and text tasks, and the paired difference to the first model."""
+    Under each kind of tasks, image and text, stand their mean and its difference to the first model, whose interval is
+    the paired bootstrap's. ``names`` head the columns in place of the models' names.
+    """
+    names = list(names or (result.model for result in results))
     baseline = results[0]
-    groups = [("image tasks", baseline.image_tasks), ("text tasks", baseline.text_tasks)]
-    groups = [(kind, group) for kind, group in groups if group]
-    title = "Mean accuracy, % (95 % interval; differences: paired bootstrap)"
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("model")
-    for kind, _ in groups:
-        table.add_column(kind, justify="right")
+    heading = title or "Right answers, % (± 95 % interval)"
+    table = Table(title=heading, box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0))
+    table.add_column("task", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    for kind, group in (("image", baseline.image_tasks), ("text", baseline.text_tasks)):
+        for task in group:
+            table.add_row(
+                task, *(plus_minus(result.accuracy(task)) for result in results), end_section=task == group[-1]
+            )
+        if not group:
+            continue
+        mean = "mean of 1 task" if len(group) == 1 else f"mean of {len(group)} tasks"
+        means = [plus_minus(result.mean(group)) for result in results]
+        table.add_row(f"{kind}: {mean}", *means, style="bold", end_section=len(results) == 1)
         if len(results) > 1:
-            table.add_column(f"less {baseline.model}", justify="right")
-    for result in results:
-        cells = []
-        for _, group in groups:
-            cells.append(result.mean(group).percent())
-            if len(results) > 1:
-                cells.append("" if result is baseline else result.minus(baseline, group).percent(signed=True))
-        table.add_row(result.model, *cells)
+            differences = [plus_minus(result.minus(baseline, group), signed=True) for result in results[1:]]
+            table.add_row(f"  less {names[0]}", "", *differences, end_section=True)
     return table
 
 
-def _plus_minus(interval: Interval) -> str:
+def plus_minus(interval: Interval, signed: bool = False) -> str:
+    """``61.2 ±2.1``, in per cent, with the longer arm where the two differ."""
     arm = max(interval.high - interval.estimate, interval.estimate - interval.low)
-    return f"{100 * interval.estimate:.1f} ±{100 * arm:.1f}"
+    return f"{100 * interval.estimate:{'+' if signed else ''}.1f} ±{100 * arm:.1f}"
