@@ -5,8 +5,9 @@ INSTALLED := .venv/installed
 
 .PHONY: demo test check format wheel clean
 
+# Every run has a folder of its own, so that nothing is overwritten.
 demo: $(INSTALLED)
-	$(BIN)/mbq demo
+	$(BIN)/mbq demo --output demo/$$(date +%Y-%m-%d-%H%M%S)
 
 # The tiny models of the tests gain nothing from several threads each; two processes do.
 test: $(INSTALLED)

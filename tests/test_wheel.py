@@ -56,7 +56,7 @@ def test_is_imported_from_the_wheel_and_shows_its_version(installed: Path) -> No
 
 
 def test_the_demo_finds_the_model_in_the_wheel(installed: Path) -> None:
-    printed = run(installed, "-c", "from mbq.demo import model_folder; print(model_folder())")
+    printed = run(installed, "-c", "from mbq.demo import reference_model; print(reference_model('internvl'))")
     assert printed.strip() == str(installed / "mbq/models/internvl")
 
 

@@ -255,8 +255,14 @@ def evaluate_command(
 
 
 @command
-def demo_command(verbose: Verbose = 0) -> None:
+def demo_command(
+    output: Annotated[Path, typer.Option(help="A new folder for pictures and models.", metavar="DIR")] = Path(
+        "mbq-demo"
+    ),
+    model: Annotated[str | None, typer.Option(help="A model other than the one that mbq brings.")] = None,
+    verbose: Verbose = 0,
+) -> None:
     """Quantize a small trained model by every method and show what each costs."""
     from mbq.demo import demo
 
-    demo()
+    demo(output, model=model)
