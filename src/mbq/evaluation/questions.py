@@ -1,4 +1,8 @@
-"""Questions as tensors: tokenized once, then put to any number of models with the same processor."""
+"""Questions as tensors: tokenized once, then put to any number of models with the same processor.
+
+Benchmarks ask several questions about a picture. Their prompts begin alike, with the picture's tokens, so they share
+one sequence: the common beginning once, then each question with its answer, blind to the other questions.
+"""
 
 from __future__ import annotations
 
@@ -17,47 +21,71 @@ from mbq.progress import Progress, silent
 from mbq.rows import Row, text_of
 
 NO_TASK = "questions"  # what rows without a task are counted under
+PADDING = -1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Questions with their reference answers, right-padded, and where the model predicts which token.
+    """Packed sequences, one a picture (or a question without one), right-padded.
 
-    inputs     what the model's forward takes, on the CPU until a model needs it elsewhere
+    leaders    [sequence] the row whose prompt begins the sequence
+    ids        [sequence, token]
+    segment    [sequence, token] 0 in the common beginning, 1, 2, ... in the questions, PADDING behind them
+    step       [sequence, token] where the token stands in its own question's prompt and answer
     rows       [question] numbers of the rows
-    positions  [answer token] flat index into [question, token] of the position that predicts the token
-    labels     [answer token] the token; after the answer stands the end-of-turn token
-    question   [answer token] which question of the batch
+    positions  [answer token] flat index into [sequence, token] of the position that predicts the token
+    labels     [answer token] the token; after an answer stands the end-of-turn token
+    question   [answer token] index into ``rows``
     ends       [answer token] bool, the end-of-turn tokens
     """
 
-    inputs: dict[str, Any]
+    leaders: list[int]
+    ids: torch.Tensor
+    segment: torch.Tensor
+    step: torch.Tensor
     rows: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
     question: torch.Tensor
     ends: torch.Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return Batch(leaders=self.leaders, **tensors)
+
 
 @dataclass(frozen=True)
 class Questions:
-    """Prepared questions, in batches of similar length.
+    """Prepared questions.
 
-    tasks        a task a row
-    pictures     [row] the number of the row's picture; rows about the same picture share it
-    image_tasks  the tasks that show pictures
-    digest       of rows, so that results are only compared on the same questions
+    rows, processor  what they were made of; pictures are opened again when a model looks at them
+    prompts          [row] the chat up to the answer, as text
+    answers          [row] the reference answer's tokens
+    groups           rows that share a sequence, the leader first
+    batches          the groups as tensors
+    pictures         [row] the number of the row's picture; rows about the same picture share it
+    image_tasks      the tasks that show pictures
+    digest           of the rows, so that only results on the same questions are compared
+    kept             what models with the same embeddings and vision tower read, by its fingerprint (``scoring``)
     """
 
+    rows: list[Row]
+    processor: Any
+    prompts: list[str]
+    answers: list[list[int]]
+    groups: list[list[int]]
     batches: list[Batch]
-    tasks: list[str]
     pictures: np.ndarray
     image_tasks: tuple[str, ...]
     digest: str
-    embedded: dict[str, list[dict[str, Any]]] = field(default_factory=dict, repr=False, compare=False)
+    kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task_of(row) for row in self.rows]
 
     def __len__(self) -> int:
-        return len(self.tasks)
+        return len(self.rows)
 
 
 def select(rows: Sequence[Row], tasks: Sequence[str] | None = None, limit: int | None = None) -> list[Row]:
@@ -89,44 +117,7 @@ def prompt_of(row: Row, processor: Any) -> str:
     return processor.apply_chat_template(row.chat[:-1], add_generation_prompt=True, tokenize=False)
 
 
-def prepare(rows: Sequence[Row], processor: Any, batch_size: int = 64, progress: Progress = silent) -> Questions:
-    """Tokenize questions and reference answers; the processor sees every row once, however many models follow.
-
-    The prompt ends as it does before ``generate``, then come the answer's own tokens. (A chat template may write
-    something else before an answer in the middle of a conversation than at its end: LLaVA-OneVision's does.)
-    Raises MBQError for no rows, and for a row whose last message is no answer.
-    """
-    if not rows:
-        raise MBQError("There are no questions to evaluate; give rows with --data.")
-    prompts = [prompt_of(row, processor) for row in rows]
-    answers = [text_of(row.messages[-1]) for row in rows]
-    # questions with and without pictures never share a batch: pixel values are there for all rows, or for none
-    order = sorted(range(len(rows)), key=lambda i: (bool(rows[i].images), len(prompts[i]) + len(answers[i])))
-    with_pictures = sum(bool(row.images) for row in rows)
-    batches: list[Batch] = []
-    for part in (order[: len(rows) - with_pictures], order[len(rows) - with_pictures :]):
-        for start in range(0, len(part), batch_size):
-            chosen = part[start : start + batch_size]
-            batches.append(_batch(chosen, rows, prompts, answers, processor))
-            progress("read questions", sum(len(batch.rows) for batch in batches), len(rows), "")
-    return Questions(
-        batches=batches,
-        tasks=[task_of(row) for row in rows],
-        pictures=_picture_numbers(rows),
-        image_tasks=tuple(dict.fromkeys(task_of(row) for row in rows if row.images)),
-        digest=_digest(rows),
-    )
-
-
-def _batch(
-    chosen: list[int], rows: Sequence[Row], prompts: Sequence[str], answers: Sequence[str], processor: Any
-) -> Batch:
-    inputs = encode([prompts[i] for i in chosen], [rows[i] for i in chosen], processor, padding_side="right")
-    written = processor.tokenizer([answers[i] for i in chosen], add_special_tokens=False)["input_ids"]
-    return _with_answers(inputs, written, torch.tensor(chosen), processor.tokenizer.eos_token_id)
-
-
-def encode(prompts: Sequence[str], rows: Sequence[Row], processor: Any, padding_side: str) -> dict[str, Any]:
+def encode(prompts: Sequence[str], rows: Sequence[Row], processor: Any, padding_side: str = "right") -> dict[str, Any]:
     """What the model's forward takes for these prompts about the rows' pictures: all rows have some, or none has."""
     # One list of pictures a prompt: LLaVA-OneVision cuts a picture into tiles only where it is alone in its prompt.
     pictures = [row.open_images() for row in rows]
@@ -143,36 +134,164 @@ def encode(prompts: Sequence[str], rows: Sequence[Row], processor: Any, padding_
     return dict(inputs)
 
 
-def _with_answers(inputs: dict[str, Any], written: list[list[int]], rows: torch.Tensor, end: int) -> Batch:
-    """Put each row's answer where its prompt ends, and note which positions predict it."""
-    lengths = inputs["attention_mask"].sum(1)
-    counts = torch.tensor([len(answer) for answer in written])
-    width = int((lengths + counts).max())
-    ids = inputs["input_ids"]
-    wide = {
-        name: torch.nn.functional.pad(value, (0, width - ids.shape[1]))
-        for name, value in inputs.items()
-        if isinstance(value, torch.Tensor) and value.shape == ids.shape
-    }
-    question = torch.arange(len(written)).repeat_interleave(counts + 1)
-    step = torch.cat([torch.arange(len(answer) + 1) for answer in written])
-    labels = torch.tensor([token for answer in written for token in (*answer, end)])
-    ends = step == counts[question]
-    place = lengths[question] + step  # where the token stands; the position before predicts it
-    wide["input_ids"][question[~ends], place[~ends]] = labels[~ends]
-    wide["attention_mask"][question[~ends], place[~ends]] = 1
-    return Batch(inputs | wide, rows, question * width + place - 1, labels, question, ends)
+def prepare(rows: Sequence[Row], processor: Any, batch_size: int = 64, progress: Progress = silent) -> Questions:
+    """Tokenize prompts and reference answers; the processor sees each picture once, whatever is asked about it.
+
+    A prompt ends as it does before ``generate``, then come the answer's own tokens. (A chat template may write
+    something else before an answer in a conversation than at its end: LLaVA-OneVision's does.)
+
+    batch_size  questions that go through a model at once
+
+    Raises MBQError for no rows, and for a row whose last message is no answer.
+    """
+    if not rows:
+        raise MBQError("There are no questions to evaluate; give rows with --data.")
+    rows = list(rows)
+    prompts = [prompt_of(row, processor) for row in rows]
+    answers = processor.tokenizer([text_of(row.messages[-1]) for row in rows], add_special_tokens=False)["input_ids"]
+    tokens, groups = _tokenized(rows, prompts, processor, batch_size, progress)
+    lengths = [_packed_length(group, tokens, answers) for group in groups]
+    # sequences with and without pictures never share a batch: pixel values are there for all, or for none
+    order = sorted(range(len(groups)), key=lambda i: (bool(rows[groups[i][0]].images), lengths[i]))
+    end = processor.tokenizer.eos_token_id
+    batches = [
+        _batch([groups[i] for i in chosen], tokens, answers, end) for chosen in _chunks(order, groups, rows, batch_size)
+    ]
+    return Questions(
+        rows=rows,
+        processor=processor,
+        prompts=prompts,
+        answers=answers,
+        groups=groups,
+        batches=batches,
+        pictures=_picture_numbers(rows),
+        image_tasks=tuple(dict.fromkeys(task_of(row) for row in rows if row.images)),
+        digest=_digest(rows),
+    )
+
+
+def _tokenized(
+    rows: list[Row], prompts: list[str], processor: Any, batch_size: int, progress: Progress
+) -> tuple[dict[int, list[int]], list[list[int]]]:
+    """Each prompt's tokens with pictures expanded, and the groups of rows about the same picture.
+
+    Only a group's first prompt goes through the processor. The others differ behind the last picture, where the
+    tokenizer starts afresh: their tokens are the first one's up to there and their own text's. That is checked on the
+    first prompt's own text; where it does not hold, every row is a group of its own.
+    """
+    mark: str = getattr(processor, "image_token", None) or ""
+    groups: dict[Any, list[int]] = {}
+    for i, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        head = prompt.rpartition(mark)[0] if mark and row.images else None
+        key = (_pictures(row), head) if head else ("row", i)
+        groups.setdefault(key, []).append(i)
+    leaders = [group[0] for group in groups.values()]
+    tokens = _processed(leaders, rows, prompts, processor, batch_size, progress)
+    followers = [i for group in groups.values() for i in group[1:]]
+    tails = {i: prompts[i].rpartition(mark)[2] for i in {*followers, *leaders}} if followers else {}
+    tail_tokens = _tokens_of(tails, processor)
+    kept: list[list[int]] = []
+    for group in groups.values():
+        first = group[0]
+        own = tail_tokens.get(first, [])
+        if len(group) > 1 and tokens[first][-len(own) :] == own:
+            head_tokens = tokens[first][: -len(own)]
+            tokens.update({i: head_tokens + tail_tokens[i] for i in group[1:]})
+            kept.append(group)
+        else:
+            tokens.update(_processed(group[1:], rows, prompts, processor, batch_size, silent))
+            kept.extend([i] for i in group)
+    return tokens, kept
+
+
+def _processed(
+    chosen: list[int], rows: list[Row], prompts: list[str], processor: Any, batch_size: int, progress: Progress
+) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {}
+    for part in ([i for i in chosen if rows[i].images], [i for i in chosen if not rows[i].images]):
+        for start in range(0, len(part), batch_size):
+            some = part[start : start + batch_size]
+            inputs = encode([prompts[i] for i in some], [rows[i] for i in some], processor)
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            tokens |= {i: ids[:n] for i, ids, n in zip(some, inputs["input_ids"].tolist(), lengths, strict=True)}
+            progress("read questions", len(tokens), len(chosen), "")
+    return tokens
+
+
+def _tokens_of(texts: dict[int, str], processor: Any) -> dict[int, list[int]]:
+    if not texts:
+        return {}
+    encoded = processor.tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
+    return dict(zip(texts, encoded, strict=True))
+
+
+def _common(group: list[int], tokens: dict[int, list[int]]) -> int:
+    """How many tokens the prompts of a group have in common at their beginning, short of any prompt's last."""
+    limit = min(len(tokens[i]) for i in group) - 1
+    first = tokens[group[0]]
+    for place in range(limit):
+        if any(tokens[i][place] != first[place] for i in group[1:]):
+            return place
+    return limit
+
+
+def _packed_length(group: list[int], tokens: dict[int, list[int]], answers: list[list[int]]) -> int:
+    common = _common(group, tokens)
+    return common + sum(len(tokens[i]) - common + len(answers[i]) for i in group)
+
+
+def _chunks(order: list[int], groups: list[list[int]], rows: list[Row], batch_size: int) -> list[list[int]]:
+    """Consecutive groups of at least ``batch_size`` questions in all, with pictures and without apart."""
+    chunks: list[list[int]] = []
+    questions, kind = batch_size, None
+    for i in order:
+        pictured = bool(rows[groups[i][0]].images)
+        if questions >= batch_size or pictured != kind:
+            chunks.append([])
+            questions, kind = 0, pictured
+        chunks[-1].append(i)
+        questions += len(groups[i])
+    return chunks
+
+
+def _batch(groups: list[list[int]], tokens: dict[int, list[int]], answers: list[list[int]], end: int) -> Batch:
+    sequences: list[tuple[list[int], list[int], list[int]]] = []
+    rows: list[int] = []
+    predicted: list[tuple[int, int, int, int, bool]] = []  # sequence, position, label, question, is the end
+    for number, group in enumerate(groups):
+        common = _common(group, tokens)
+        sequence_ids, places = tokens[group[0]][:common], list(range(common))
+        segments = [0] * common
+        for index, i in enumerate(group, start=1):
+            own = tokens[i][common:] + answers[i]
+            at = len(sequence_ids) + len(tokens[i]) - common - 1
+            wanted = [*answers[i], end]
+            predicted += [(number, at + k, label, len(rows), k == len(answers[i])) for k, label in enumerate(wanted)]
+            rows.append(i)
+            sequence_ids = sequence_ids + own
+            segments += [index] * len(own)
+            places += range(common, common + len(own))
+        sequences.append((sequence_ids, segments, places))
+    width = max(len(places) for _, _, places in sequences)
+    ids, segment, step = (
+        torch.tensor([values + [fill] * (width - len(values)) for values in part])
+        for part, fill in zip(zip(*sequences, strict=True), (0, PADDING, 0), strict=True)
+    )
+    sequence, position, labels, question, ends = (torch.tensor(part) for part in zip(*predicted, strict=True))
+    positions = sequence * width + position
+    leaders = [group[0] for group in groups]
+    return Batch(leaders, ids, segment, step, torch.tensor(rows), positions, labels, question, ends)
+
+
+def _pictures(row: Row) -> tuple[Any, ...]:
+    """What tells a row's pictures from other rows' without opening them."""
+    return tuple(source if isinstance(source, bytes | Path) else id(source) for source in row.images)
 
 
 def _picture_numbers(rows: Sequence[Row]) -> np.ndarray:
     """Rows about the same pictures get the same number, a row without pictures one of its own."""
     numbers: dict[Any, int] = {}
-    keys = [tuple(_identity(source) for source in row.images) or ("row", i) for i, row in enumerate(rows)]
-    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])
-
-
-def _identity(source: Any) -> Any:
-    return source if isinstance(source, bytes | Path) else id(source)
+    return np.array([numbers.setdefault(_pictures(row) or ("row", i), len(numbers)) for i, row in enumerate(rows)])
 
 
 def _digest(rows: Sequence[Row]) -> str:

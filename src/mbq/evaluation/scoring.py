@@ -1,4 +1,4 @@
-"""Whether a model's greedy answer to a question is the reference answer, from one forward pass a question.
+"""Whether a model's greedy answer to a question is the reference answer, from one forward pass.
 
 Greedy decoding writes the reference answer and then ends its turn exactly if the argmax is right at every position of
 the reference: up to the first wrong token both have read the same. So accuracy needs no generation.
@@ -6,18 +6,15 @@ the reference: up to the first wrong token both have read the same. So accuracy 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from mbq.evaluation.packed import PackedDecoder, on_device
 from mbq.evaluation.questions import Batch, Questions, encode, prompt_of
 from mbq.progress import Progress, silent
 from mbq.rows import Row
-
-KEPT_BYTES = 4e9  # embedded questions that are kept for the next model; more are computed anew for each
 
 
 @torch.inference_mode()
@@ -26,32 +23,27 @@ def score(model: Any, questions: Questions, progress: Progress = silent) -> torc
 
     What the decoder's blocks read (embeddings of text and pictures, positions) is kept in ``questions`` and used again
     for every model whose embeddings, vision tower and projector are bit for bit the same: methods that quantize the
-    language model's linears leave them alone.
+    language model's linears leave them alone. A model whose decoder cannot be called apart (the original InternVL2)
+    reads each question on its own.
     """
-    right = torch.zeros(len(questions), dtype=torch.bool)
     ends = torch.tensor(_end_tokens(model), dtype=torch.long, device=model.device)
-    decoder = _decoder(model)
-    embedded = None if decoder is None else _embedded(model, decoder, questions)
-    head = model.get_output_embeddings()
-    for done, batch in enumerate(questions.batches):
-        if decoder is None:
-            logits = model(**_moved(batch.inputs, model)).logits.flatten(0, 1)[batch.positions.to(model.device)]
-        else:
-            kwargs = _decoder_inputs(model, decoder, batch) if embedded is None else embedded[done]
-            hidden = decoder(**kwargs).last_hidden_state
-            logits = head(hidden.flatten(0, 1)[batch.positions.to(hidden.device)])
-        right[batch.rows] = _all_right(logits, batch, ends).cpu()
-        progress("evaluate", done + 1, len(questions.batches), "")
+    packed = PackedDecoder(model, questions) if PackedDecoder.supports(model) else None
+    found = []
+    for number, batch in enumerate(questions.batches):
+        logits = packed.logits(number) if packed else _plain_logits(model, questions, batch)
+        found.append(_all_right(logits, batch.to(model.device), ends))
+        progress("evaluate", number + 1, len(questions.batches), "")
+    right = torch.zeros(len(questions), dtype=torch.bool)
+    right[torch.cat([batch.rows for batch in questions.batches])] = torch.cat(found).cpu()
     return right
 
 
 def _all_right(logits: torch.Tensor, batch: Batch, ends: torch.Tensor) -> torch.Tensor:
     """Bool [question]: the argmax is right wherever a token of the answer or its end is predicted."""
     best = logits.argmax(-1)
-    hit = best == batch.labels.to(best.device)
-    hit |= batch.ends.to(best.device) & torch.isin(best, ends)
+    hit = (best == batch.labels) | (batch.ends & torch.isin(best, ends))
     wrong = torch.zeros(len(batch.rows), dtype=torch.long, device=best.device)
-    return wrong.index_add_(0, batch.question.to(best.device), (~hit).long()) == 0
+    return wrong.index_add_(0, batch.question, (~hit).long()) == 0
 
 
 def _end_tokens(model: Any) -> list[int]:
@@ -59,62 +51,22 @@ def _end_tokens(model: Any) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
-def _decoder(model: Any) -> nn.Module | None:
-    """The module that runs the blocks on embeddings; None where it cannot be told, and the whole model has to run."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    whole = decoder is None or decoder is model or model.get_output_embeddings() is None
-    return None if whole or not isinstance(getattr(decoder, "layers", None), nn.ModuleList) else decoder
-
-
-class _Reached(Exception):
-    """The decoder was called; what it was called with is all that is wanted."""
-
-
-def _decoder_inputs(model: Any, decoder: nn.Module, batch: Batch) -> dict[str, Any]:
-    """What the model calls its decoder with on this batch: embeddings, attention mask, positions."""
-    caught: dict[str, Any] = {}
-
-    def catch(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        caught.update(kwargs)
-        raise _Reached
-
-    hook = decoder.register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        model(**_moved(batch.inputs, model), use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        hook.remove()
-    wanted = ("inputs_embeds", "attention_mask", "position_ids")
-    return {name: caught[name] for name in wanted if caught.get(name) is not None} | {"use_cache": False}
-
-
-def _embedded(model: Any, decoder: nn.Module, questions: Questions) -> list[dict[str, Any]] | None:
-    """The decoder's inputs for every batch, or None if they are too many to keep."""
-    tokens = sum(batch.inputs["input_ids"].numel() for batch in questions.batches)
-    embeddings = model.get_input_embeddings().weight
-    if tokens * embeddings.shape[1] * embeddings.element_size() > KEPT_BYTES:
-        return None
-    key = _fingerprint(model, decoder)
-    if key not in questions.embedded:
-        questions.embedded.clear()
-        questions.embedded[key] = [_decoder_inputs(model, decoder, batch) for batch in questions.batches]
-    return questions.embedded[key]
-
-
-def _fingerprint(model: nn.Module, decoder: Any) -> str:
-    """Of every tensor outside the decoder's blocks, and of where they are."""
-    blocks = {id(tensor) for tensor in (*decoder.layers.parameters(), *decoder.layers.buffers())}
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in blocks:
-            raw = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
-            digest.update(f"{name} {tensor.dtype} {tensor.device}".encode() + raw.tobytes())
-    return digest.hexdigest()
-
-
-def _moved(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
-    return {name: value.to(model.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+def _plain_logits(model: Any, questions: Questions, batch: Batch) -> torch.Tensor:
+    """[answer token, vocabulary], every question a sequence of its own through the model's forward."""
+    chosen = batch.rows.tolist()
+    inputs = encode([questions.prompts[i] for i in chosen], [questions.rows[i] for i in chosen], questions.processor)
+    counts = torch.bincount(batch.question)
+    step = torch.arange(len(batch.question)) - (counts.cumsum(0) - counts)[batch.question]
+    place = inputs["attention_mask"].sum(1)[batch.question] + step  # where the token stands, behind its prompt
+    shape, width = inputs["input_ids"].shape, int(place.max()) + 1
+    inputs |= {
+        name: torch.nn.functional.pad(value, (0, width - shape[1]))
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.shape == shape
+    }
+    inputs["input_ids"][batch.question, place] = batch.labels
+    inputs["attention_mask"][batch.question, place] = 1
+    return model(**on_device(inputs, model)).logits[batch.question, place - 1]
 
 
 @torch.inference_mode()
@@ -122,16 +74,14 @@ def answers(
     model: Any, processor: Any, rows: Sequence[Row], max_new_tokens: int = 64, batch_size: int = 32
 ) -> list[str]:
     """What the model writes by greedy decoding, one text a row; the rows' own answers are not shown to it."""
-    texts: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
-        for part in (chunk,) if len({bool(row.images) for row in chunk}) == 1 else ([row] for row in chunk):
-            texts += _generate(model, processor, part, max_new_tokens)
-    return texts
-
-
-def _generate(model: Any, processor: Any, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
-    prompts = [prompt_of(row, processor) for row in rows]
-    inputs = encode(prompts, rows, processor, padding_side="left")
-    written = model.generate(**_moved(inputs, model), do_sample=False, max_new_tokens=max_new_tokens)
-    return processor.tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts: dict[int, str] = {}
+    for part in ([i for i, row in enumerate(rows) if row.images], [i for i, row in enumerate(rows) if not row.images]):
+        for start in range(0, len(part), batch_size):
+            some = part[start : start + batch_size]
+            chosen = [rows[i] for i in some]
+            prompts = [prompt_of(row, processor) for row in chosen]
+            inputs = encode(prompts, chosen, processor, padding_side="left")
+            written = model.generate(**on_device(inputs, model), do_sample=False, max_new_tokens=max_new_tokens)
+            new = written[:, inputs["input_ids"].shape[1] :]
+            texts |= dict(zip(some, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
+    return [texts[i] for i in range(len(rows))]
