@@ -40,7 +40,7 @@ def score(model: Any, questions: Questions, progress: Progress = silent) -> torc
 
 def _all_right(logits: torch.Tensor, batch: Batch, ends: torch.Tensor) -> torch.Tensor:
     """Bool [question]: the argmax is right wherever a token of the answer or its end is predicted."""
-    best = logits.argmax(-1)
+    best = logits.max(-1).indices  # the first of equals, as argmax, which is four times slower on CPUs in bf16
     hit = (best == batch.labels) | (batch.ends & torch.isin(best, ends))
     wrong = torch.zeros(len(batch.rows), dtype=torch.long, device=best.device)
     return wrong.index_add_(0, batch.question, (~hit).long()) == 0
