@@ -171,3 +171,19 @@ def test_evaluate_sorts_answers_by_task(pictures: list[Path]) -> None:
     one, other = results.pictures["seen"][:2]
     assert one != other
     assert results.pictures["seen"].tolist() == [one, other, other, one, one, other]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", tiny.FAMILY_NAMES)
+def test_scores_on_a_gpu_are_those_of_the_cpu(family: str, pictures: list[Path]) -> None:
+    model, processor = brief(family)
+    rows = []
+    for i in range(12):
+        asked = row(f"Question {i}?", "", pictures[i % 4] if i % 3 else None)
+        own = processor.tokenizer.decode(generated(model, processor, asked, 12)[:-1])
+        rows.append(Row([asked.messages[0], said(own if i % 2 else own + "q")], "a row"))
+    questions = prepare(rows, processor, batch_size=5)
+    expected = score(model, questions).tolist()
+    assert any(expected)
+    assert score(model.to("cuda"), questions).tolist() == expected

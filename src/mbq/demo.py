@@ -166,7 +166,7 @@ def _table(scheme: str, trials: Sequence[Trial]) -> Table:
 
 
 def _example(questions: Questions, results: Sequence[Results]) -> int:
-    """The first question with a picture that the float model has right and not every model has; else the first."""
+    """The first question about a picture that the float model has right and not every model has; else the first."""
     place: dict[str, int] = {}
     for row, task in enumerate(questions.tasks):
         index = place.get(task, 0)
@@ -183,7 +183,7 @@ def _print_answers(
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    line("The first question about a picture that the float model answers and not every other one does:")
+    line("What each answers, to the first question about a picture on which they differ:")
     for picture in row.images:
         shown_path = output / Path(str(picture)).relative_to(folder)
         line(f"  picture   {shown_path}")
@@ -191,4 +191,5 @@ def _print_answers(
     line(f"  answer    {text_of(row.messages[-1])}")
     width = max(len(trial.name) for trial in trials)
     for trial, text in zip(trials, said, strict=True):
-        line(f"    {trial.name:{width}}  {text}")
+        printable = "".join(letter if letter.isprintable() else " " for letter in text)
+        line(f"    {trial.name:{width}}  {printable.strip()}")
