@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mbq.evaluation.questions import PADDING, Batch, Questions, encode
+from mbq.families import FAMILIES
 
 KEPT_BYTES = 2e9  # of embeddings that are kept for the next model; what is more is computed anew for each
 
@@ -37,10 +38,15 @@ class PackedDecoder:
 
     @staticmethod
     def supports(model: Any) -> bool:
-        """Whether the decoder can be called apart: transformers' classes say which module it is."""
+        """Whether the decoder can be called apart, on its own masks: known families in transformers' own classes.
+
+        Other models may treat embeddings or pictures in ways that nobody has checked; they read questions one by one.
+        """
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        blocks = getattr(decoder, "layers", None)
-        return isinstance(blocks, nn.ModuleList) and model.get_output_embeddings() is not None
+        masks = getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
+        return (
+            type(model).__name__ in FAMILIES and masks and isinstance(getattr(decoder, "layers", None), nn.ModuleList)
+        )
 
     def logits(self, number: int) -> torch.Tensor:
         """[answer token, vocabulary] of one batch of the questions."""
