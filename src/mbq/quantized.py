@@ -34,6 +34,9 @@ def load(
     dtype   of the float parameters, the scales and the activations; None is the folder's own
     kernel  "auto" or a name of ``mbq.kernels.KERNELS``
 
+    With quantized activations a layer multiplies integer codes and scales the sum, where the search multiplied weights
+    and activations rounded to the model's dtype: the same numbers before rounding, so results agree within it.
+
     Raises MBQError where the folder is no model, was quantized in a way that mbq does not run, or is damaged.
     """
     if kernel != "auto" and kernel not in KERNELS:
@@ -100,7 +103,9 @@ def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, An
 
     def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
-        replace_linears(self, quantized)
+        for name in replace_linears(self, quantized):
+            # SigLIP initializes its linears' weights through the module around them, and packed layers have none.
+            self.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
 
     body = {"__init__": __init__, "__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
     return type(model_class.__name__, (model_class,), body)
