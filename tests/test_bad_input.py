@@ -94,6 +94,25 @@ def test_image_without_an_image_token(refused: Callable[..., str], data: Callabl
     assert "<image>" in sentence
 
 
+def test_one_word_answers_in_the_parity_mode(
+    refused: Callable[..., str],
+    data: Callable[..., Path],
+    float_folder: Callable[[str], Path],
+    calibration: Path,
+    tmp_path: Path,
+) -> None:
+    """The released mask marks the word alone, whose output predicts nothing: no gradient to divide by."""
+    rows = data(row("0.png", "7"), row("1.png", "7"))
+    sentence = refused("--parity", data=rows)
+    assert "language gradient of block 0 (attn) is zero" in sentence
+    assert "every answer is one token; calibrate on longer answers or leave --parity out" in sentence
+
+    arguments = ["quantize", float_folder("internvl"), "--output", tmp_path / "out", "--data", rows]
+    arguments += ["--images", calibration.parent / "images", "--num-calibration-samples", "2"]
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+
+
 def test_fewer_samples_than_asked_for(refused: Callable[..., str]) -> None:
     sentence = refused("--num-calibration-samples", "128")
     assert "8 rows" in sentence

@@ -186,6 +186,7 @@ def test_progress_tells_each_step_to_its_end(float_folder: Callable[[str], Path]
 
     run(float_folder("internvl"), progress=progress)
     assert {step: calls[-1] for step, calls in told.items()} == {
+        "calibrate": (8, 8),
         "sensitivity": (2, 2),
         "search": (2, 2),
         "quantize": (14, 14),

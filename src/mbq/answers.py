@@ -43,13 +43,20 @@ def answer_spans(chat: Chat, render: Callable[[Chat], str], where: str) -> list[
 
 
 def answer_tokens(
-    text: str, spans: Sequence[Span], ids: list[int], vision: list[bool], processor: Any, where: str
+    text: str,
+    spans: Sequence[Span],
+    ids: list[int],
+    vision: list[bool],
+    processor: Any,
+    where: str,
+    end_of_turn: bool = True,
 ) -> torch.Tensor:
     """bool [token]: the tokens of the answers at ``spans`` of ``text``, and the end-of-turn token right after each.
 
-    text    the rendered chat, each image one ``processor.image_token``
-    ids     the model's tokens of it, images expanded
-    vision  which of ``ids`` are vision tokens
+    text         the rendered chat, each image one ``processor.image_token``
+    ids          the model's tokens of it, images expanded
+    vision       which of ``ids`` are vision tokens
+    end_of_turn  False leaves the token after the answer out
 
     A token that holds an answer's first character together with the space before it belongs to the answer. The texts
     between images are tokenized alone, with character offsets, and found again between the images of ``ids``, whose
@@ -70,7 +77,7 @@ def answer_tokens(
                 "leave the row out, and report the model."
             )
         for first, last in ranges:
-            if last < len(piece) and piece[last] in ends:
+            if end_of_turn and last < len(piece) and piece[last] in ends:
                 last += 1
             mask[low + shift + first : low + shift + last] = True
     return mask

@@ -27,6 +27,7 @@ class CalibrationBatch:
 
     inputs   what the model's forward takes (input_ids, attention_mask, pixel_values, ...), no labels
     labels   the answer tokens' ids, -100 elsewhere; an answer ends with the end-of-turn token that the model must say
+             (but not in the parity mode)
     vision   bool, the vision tokens
     """
 
@@ -43,7 +44,11 @@ def language_mask(batch: CalibrationBatch) -> torch.Tensor:
 
 
 def released_language_mask(batch: CalibrationBatch) -> torch.Tensor:
-    """bool [batch, token]: the answer tokens themselves, the mask of the authors' released search."""
+    """bool [batch, token]: the answer tokens themselves, the mask of the authors' released search.
+
+    The last of them predicts nothing that counts. An answer of one token, labelled without its end of turn, therefore
+    has no gradient in any block.
+    """
     return batch.labels != NO_LABEL
 
 
@@ -76,6 +81,7 @@ def calibration_batches(
     seed: int = 0,
     formatting: str = "plain",
     text: str | Path | None = None,
+    end_of_turn: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> list[CalibrationBatch]:
     """Draw ``num_samples`` samples and pass them through the model's own chat template and processor.
@@ -85,6 +91,7 @@ def calibration_batches(
     formatting        "plain": a row is a sample; "few-shot": two rows, one conversation; "interleaved": two rows with
                       512 tokens of plain text, which have no role, between them (MBQ, section on calibration data)
     text              the UTF-8 file that "interleaved" takes its text from
+    end_of_turn       label the token that ends an answer, too; the released search does not
     progress          called with the number of samples done
 
     Raises MBQError, naming the row, for missing or corrupt images, images and image tokens that do not match, and
@@ -98,7 +105,7 @@ def calibration_batches(
         drawn = [_joined(*pair) for pair in zip(drawn[0::2], drawn[1::2], passages, strict=True)]
     samples = []
     for done, row in enumerate(drawn, start=1):
-        samples.append(encode(row, processor, vision_token_ids, max_length))
+        samples.append(encode(row, processor, vision_token_ids, max_length, end_of_turn))
         if progress is not None:
             progress(done)
     pad = processor.tokenizer.pad_token_id
@@ -108,7 +115,9 @@ def calibration_batches(
     ]
 
 
-def encode(row: Row, processor: Any, vision_token_ids: set[int], max_length: int) -> CalibrationBatch:
+def encode(
+    row: Row, processor: Any, vision_token_ids: set[int], max_length: int, end_of_turn: bool = True
+) -> CalibrationBatch:
     """One row as a batch of one, not padded. Raises MBQError as ``calibration_batches`` does."""
     pictures = row.open_images()
     try:
@@ -123,7 +132,7 @@ def encode(row: Row, processor: Any, vision_token_ids: set[int], max_length: int
     vision = torch.isin(ids, torch.tensor(sorted(vision_token_ids), dtype=ids.dtype))
     if not spans:
         raise MBQError(f"{row.where}: the row has no answer; give it an assistant message with text, or drop it.")
-    answers = answer_tokens(text, spans, ids[0].tolist(), vision[0].tolist(), processor, row.where)
+    answers = answer_tokens(text, spans, ids[0].tolist(), vision[0].tolist(), processor, row.where, end_of_turn)
     _check_length(answers, vision[0], max_length, row.where)
     cut = {key: value[:, :max_length] if value.shape == ids.shape else value for key, value in inputs.items()}
     return CalibrationBatch(cut, torch.where(answers, ids, NO_LABEL)[:, :max_length], vision[:, :max_length])

@@ -130,9 +130,15 @@ def quantize_command(
     ignore: Annotated[
         list[str] | None, typer.Option(help="A linear to keep in 16 bits, by name or 're:PATTERN'; repeatable.")
     ] = None,
-    norm: Annotated[str | None, typer.Option(help="The search's loss: mae or mse; the method's own.")] = None,
+    norm: Annotated[str, typer.Option(help="The search's loss: mae or mse.")] = DEFAULT.norm,
     objective: Annotated[str, typer.Option(help="mbq's weights: released or paper.")] = DEFAULT.objective,
-    vision_weight: Annotated[float, typer.Option(help="A vision token's weight for --method fixed.")] = 0.1,
+    floor: Annotated[
+        float | None, typer.Option(help="mbq's least vision/language ratio; the median over blocks.")
+    ] = None,
+    vision_weight: Annotated[
+        float, typer.Option(help="A vision token's weight for --method fixed.")
+    ] = DEFAULT.vision_weight,
+    smooth_alpha: Annotated[float, typer.Option(help="SmoothQuant's alpha.")] = DEFAULT.smooth_alpha,
     gqa_fold: Annotated[bool, typer.Option("--gqa-fold", help="Fold o_proj into v_proj under GQA too.")] = False,
     distorted_input: Annotated[
         bool, typer.Option("--distorted-input", help="Search on the quantized blocks' outputs.")

@@ -25,7 +25,7 @@ from mbq.vision_tower import tower_ignore, tower_pattern
 class Measured:
     """What the run found out, for the files beside the weights.
 
-    data_hash       SHA-256 of the rows and their pictures, or None without data
+    data_hash       SHA-256 of the rows that were drawn and of their pictures, or None without data
     bytes_before    of the float model's tensors
     bytes_after     of the quantized model's
     """

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding, bind
-from mbq.calibration import CalibrationBatch, calibration_batches
+from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.folder import check_new
 from mbq.errors import MBQError
 from mbq.loading import check_finite, load_model, load_processor
@@ -96,7 +96,7 @@ def quantize(
         targets = _targets(binding, recipe)
     before = _bytes(own)
     with _timed(seconds, "calibrate"):
-        batches = _batches(rows, processor, binding, recipe)
+        batches = _batches(rows, processor, binding, recipe, progress)
     sensitivity = None
     if chosen.weighs:
         with _timed(seconds, "sensitivity"):
@@ -108,7 +108,8 @@ def quantize(
     after, folder = _bytes(own), None
     if output is not None:
         with _timed(seconds, "write"):
-            found = Measured(data_hash(rows) if rows else None, sensitivity, search, before, after)
+            hashed = data_hash(_drawn(rows, recipe)) if rows else None
+            found = Measured(hashed, sensitivity, search, before, after)
             folder = write_folder(Path(output), binding, processor, recipe, name, found)
     return QuantizationResult(own, processor, recipe, folder, sensitivity, search, seconds, before, after)
 
@@ -128,7 +129,7 @@ def measure_sensitivity(
     rows = _rows(recipe, rows)
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
     binding = bind(own)
-    return _measured(binding, _batches(rows, processor, binding, recipe), recipe, progress)
+    return _measured(binding, _batches(rows, processor, binding, recipe, progress), recipe, progress)
 
 
 def _method(name: str) -> Method:
@@ -138,6 +139,7 @@ def _method(name: str) -> Method:
 
 
 def _rows(recipe: Recipe, rows: list[Row] | None) -> list[Row]:
+    """All rows, of which those that will be drawn have their pictures."""
     if not recipe.needs_data:
         return []
     if rows is None:
@@ -146,8 +148,13 @@ def _rows(recipe: Recipe, rows: list[Row] | None) -> list[Row]:
                 f"{recipe.method} calibrates on image-text pairs; give them with --data, or choose --method rtn."
             )
         rows = read_rows(recipe.data, recipe.images)
-    check_images(rows)
+    check_images(_drawn(rows, recipe))
     return rows
+
+
+def _drawn(rows: list[Row], recipe: Recipe) -> list[Row]:
+    """The rows that ``calibration_batches`` will draw: a file may hold a million, and only these are looked at."""
+    return sample_rows(rows, recipe.num_calibration_samples, recipe.seed, recipe.formatting)
 
 
 def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False) -> tuple[Any, Any, str]:
@@ -184,9 +191,15 @@ def _targets(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
     return targets
 
 
-def _batches(rows: list[Row], processor: Any, binding: Binding, recipe: Recipe) -> list[CalibrationBatch]:
+def _batches(
+    rows: list[Row], processor: Any, binding: Binding, recipe: Recipe, progress: Progress
+) -> list[CalibrationBatch]:
     if not rows:
         return []
+
+    def done(count: int) -> None:
+        progress("calibrate", count, recipe.num_calibration_samples, "")
+
     return calibration_batches(
         rows,
         processor,
@@ -197,6 +210,8 @@ def _batches(rows: list[Row], processor: Any, binding: Binding, recipe: Recipe) 
         seed=recipe.seed,
         formatting=recipe.formatting,
         text=recipe.text,
+        end_of_turn=not recipe.parity,
+        progress=done,
     )
 
 
@@ -221,6 +236,8 @@ def _equalize(
         norm=recipe.norm,
         objective=recipe.objective,
         vision_weight=recipe.vision_weight,
+        smooth_alpha=recipe.smooth_alpha,
+        floor=recipe.floor,
         gqa_fold=recipe.gqa_fold,
         distorted_input=recipe.distorted_input,
         parity=recipe.parity,
@@ -230,7 +247,7 @@ def _equalize(
         binding, batches, method, scheme, options, sensitivity=sensitivity, targets=targets, progress=progress
     )
     if recipe.vision_tower is not None:
-        smooth_vision_tower(binding, batches, recipe.ignore)
+        smooth_vision_tower(binding, batches, recipe.ignore, recipe.smooth_alpha)
     return search
 
 

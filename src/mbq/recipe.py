@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -39,9 +40,11 @@ class Recipe:
     ignore                   linears that stay 16-bit: full names, or regular expressions after "re:"
     formatting               how samples become sequences (the paper's section on calibration data)
     text                     the plain text that "interleaved" puts between two samples
-    norm                     of the search's loss: "mae" or "mse"; None is the method's own
+    norm                     of the search's loss, whatever the method: "mae", or "mse" (which AWQ's own paper takes)
     objective                of the method "mbq": the released one, or the paper's eq. 14-17
+    floor                    the least vision-to-language ratio of the method "mbq"; None is the median over blocks
     vision_weight            weight of a vision token for the method "fixed"; an answer token has 1
+    smooth_alpha             SmoothQuant's alpha: how much of the activations' range goes into the weights
     gqa_fold                 fold o_proj's vector into v_proj under grouped-query attention too
     distorted_input          the search sees the quantized blocks' output, not the float model's
     parity                   reproduce the released search choice by choice
@@ -65,9 +68,11 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     formatting: str = _one_of("plain", "plain", "few-shot", "interleaved")
     text: str | None = None
-    norm: str | None = _one_of(None, None, "mae", "mse")
+    norm: str = _one_of("mae", "mae", "mse")
     objective: str = _one_of("released", "released", "paper")
+    floor: float | None = None
     vision_weight: float = 0.1
+    smooth_alpha: float = 0.5
     gqa_fold: bool = False
     distorted_input: bool = False
     parity: bool = False
@@ -80,8 +85,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for option in fields(self):
             _check(option.name, getattr(self, option.name), option.metadata)
-        if self.vision_weight < 0:
+        if not 0 <= self.vision_weight < math.inf:
             raise MBQError(f"--vision-weight is {self.vision_weight}; give a number from 0 up, such as 0.1.")
+        if self.floor is not None and not 0 <= self.floor < math.inf:
+            raise MBQError(f"--floor is {self.floor}; give a number from 0 up, or leave it out for the median.")
+        if not 0 <= self.smooth_alpha <= 1:
+            raise MBQError(f"--smooth-alpha is {self.smooth_alpha}; give a number from 0 to 1, such as 0.5.")
         if self.parity and self.gqa_fold:
             raise MBQError("--parity reproduces a search without the v to o fold; leave --gqa-fold out.")
         if self.formatting == "interleaved" and self.text is None:

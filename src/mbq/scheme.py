@@ -66,7 +66,9 @@ def scheme_named(name: str, group_size: int | None = None) -> Scheme:
     if group_size is None:
         return scheme
     if scheme.weights.group_size is None:
-        raise MBQError(f"{scheme.name} has one scale an output row; leave --group-size out, or use W2A16, W3A16 or W4A16.")
+        raise MBQError(
+            f"{scheme.name} has one scale an output row; leave --group-size out, or use W2A16, W3A16 or W4A16."
+        )
     if group_size < 1:
         raise MBQError(f"--group-size is {group_size}; give a positive number of input channels, such as 128.")
     return replace(scheme, weights=replace(scheme.weights, group_size=group_size))

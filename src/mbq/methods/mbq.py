@@ -16,8 +16,7 @@ from mbq.qtensor import quantize
 
 
 def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    norm = options.norm or "mae"
-    return group.search(token_weights(group, options.objective, norm), norm)
+    return group.search(token_weights(group, options.objective, options.norm), options.norm)
 
 
 def token_weights(group: Group, objective: str, norm: str) -> torch.Tensor:

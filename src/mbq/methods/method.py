@@ -18,18 +18,18 @@ from mbq.scheme import WeightScheme
 class SearchOptions:
     """Options of the search; each method reads those that it has.
 
-    norm             "mae" or "mse"; None is the method's own: "mse" for awq (as in its paper), "mae" for fixed and mbq
+    norm             "mae" or "mse", of awq, fixed and mbq alike, so that only the weights of tokens tell them apart
     objective        of mbq: "released", or "paper" for the weights of eq. 14-17 (mean absolute gradients, no floor)
     vision_weight    of a vision token in the method fixed, where a language token has 1
     smooth_alpha     SmoothQuant's alpha
-    floor            the least ratio of mbq's released objective; None is the median over blocks
+    floor            the least vision-to-language ratio of mbq's released objective; None is the median over blocks
     gqa_fold         fold o's vector into v under grouped-query attention too
     distorted_input  a block reads what the quantized blocks before it give; the targets stay the float model's outputs
     parity           the released search choice by choice: padding counts in statistics and in awq's loss, and the
-                     answer tokens themselves are the language positions
+                     answer tokens themselves are the language positions (the batches leave the end of turn out)
     """
 
-    norm: str | None = None
+    norm: str = "mae"
     objective: str = "released"
     vision_weight: float = 0.1
     smooth_alpha: float = 0.5
@@ -39,7 +39,7 @@ class SearchOptions:
     parity: bool = False
 
     def __post_init__(self) -> None:
-        if self.norm not in (None, *POWERS):
+        if self.norm not in POWERS:
             raise MBQError(f"The norm is {self.norm!r}; choose one of {', '.join(POWERS)}.")
         if self.objective not in ("released", "paper"):
             raise MBQError(f"The objective is {self.objective!r}; choose released or paper.")
