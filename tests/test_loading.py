@@ -187,6 +187,8 @@ def test_devices() -> None:
     assert torch_device("cpu") == torch.device("cpu")
     with pytest.raises(MBQError, match="--device abacus is no device"):
         torch_device("abacus")
+    with pytest.raises(MBQError, match="--device meta is not one that mbq runs on"):
+        torch_device("meta")
     with pytest.raises(MBQError, match=r"--device cuda:99, but this machine has \d+ GPUs"):
         torch_device("cuda:99")
     assert torch_dtype("auto") == "auto"

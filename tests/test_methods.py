@@ -18,7 +18,7 @@ from mbq.scheme import scheme_named
 from mbq.search import GroupSearch, equalize_model, token_roles
 from mbq.sensitivity import Sensitivity, measure, ratios
 from tests.calibrated import calibrated
-from tests.tiny import FAMILY_NAMES
+from tests.tiny import ALL_FAMILY_NAMES, FAMILY_NAMES
 
 W3A16, W4A8 = scheme_named("W3A16", 32), scheme_named("W4A8")
 # What a test needs that is not about gradients.
@@ -232,8 +232,9 @@ def test_a_fixed_factor_equal_to_the_ratio_chooses_as_mbq_and_so_does_the_papers
     assert alphas(found("mbq", SearchOptions(objective="paper"))) == alphas(mbq)
 
 
-def test_mbq_with_measured_sensitivity_runs_in_bfloat16():
-    binding, batches = calibrated("internvl", hidden=64, kv_heads=1)
+@pytest.mark.parametrize("family", ALL_FAMILY_NAMES)
+def test_mbq_with_measured_sensitivity_runs_in_bfloat16(family):
+    binding, batches = calibrated(family, hidden=64, kv_heads=1)
     binding.model.to(torch.bfloat16)
     rows = equalize_model(binding, batches, METHODS["mbq"], W3A16, sensitivity=measure(binding, batches))
     assert all(row.alpha is not None for row in rows if row.group != "o")

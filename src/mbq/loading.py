@@ -130,6 +130,8 @@ def torch_device(device: str | torch.device) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise MBQError(f"--device {device} is no device; give cpu, cuda, cuda:1 or auto.") from error
+    if target.type not in ("cpu", "cuda"):
+        raise MBQError(f"--device {device} is not one that mbq runs on; give cpu, cuda, cuda:1 or auto.")
     if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise MBQError(f"--device {device}, but this machine has {torch.cuda.device_count()} GPUs; give cpu or auto.")
     return target

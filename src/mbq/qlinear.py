@@ -66,7 +66,7 @@ class QuantLinear(nn.Module):
         packed = pack_weight(q, scheme)
         if is_packed(scheme):
             layer.weight_packed = packed.words
-            layer.weight_shape = torch.tensor(packed.shape)
+            layer.weight_shape = torch.tensor(packed.shape, device=packed.words.device)
         else:
             layer.weight = packed.words
         layer.weight_scale = packed.scale.contiguous()
