@@ -187,6 +187,25 @@ def test_model_that_is_quantized_already(
     assert "give the float model" in sentence
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "advice"),
+    [
+        ("--max-shard-size", "huge", "give a size such as 5GB or 500MB"),
+        ("--max-shard-size", "0GB", "give a size such as 5GB or 500MB"),
+        ("--vision-weight", "nan", "give a number from 0 up"),
+        ("--floor", "-1", "give a number from 0 up"),
+        ("--smooth-alpha", "1.5", "give a number from 0 to 1"),
+        ("--seed", "-1", "give a whole number from 0 up"),
+        ("--batch-size", "0", "give a whole number from 1 up"),
+        ("--norm", "l3", "choose one of mae, mse"),
+    ],
+)
+def test_options_out_of_their_range(option: str, value: str, advice: str, refused: Callable[..., str]) -> None:
+    sentence = refused(option, value)
+    assert sentence.startswith(f"mbq: {option} is ")
+    assert advice in sentence
+
+
 def test_ignore_pattern_that_matches_nothing(refused: Callable[..., str]) -> None:
     sentence = refused("--ignore", "re:.*donw_proj")
     assert "--ignore re:.*donw_proj matches no linear of the model" in sentence

@@ -53,6 +53,12 @@ def test_says_what_the_numbers_are(recipe: Recipe, sentence: str) -> None:
     assert sentence in card(recipe)
 
 
+def test_code_of_the_models_own_has_to_be_allowed() -> None:
+    text = card(Recipe(trust_remote_code=True))
+    assert 'mbq.load("out", trust_remote_code=True)' in text
+    assert '--prompt "What is shown?" --trust-remote-code\n' in text
+
+
 def test_says_how_to_load_what_is_kept_and_how_large_it_is() -> None:
     text = card(Recipe(), files=("config.json", "search.json"))
     assert 'mbq.load("out")' in text

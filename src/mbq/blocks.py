@@ -80,16 +80,8 @@ def capture(
 
 
 def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
-    """The model's output for a batch, on the model's device and without a cache.
-
-    Pictures, which processors give in float32, are cast to the model's dtype: not every remote code does that itself.
-    """
-    dtype = next(model.parameters()).dtype
-    inputs = {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in _moved(batch.inputs, device_of(model), {}).items()
-    }
-    return model(**inputs, use_cache=False)
+    """The model's output for a batch, on the model's device and without a cache."""
+    return model(**_moved(batch.inputs, device_of(model), {}), use_cache=False)
 
 
 def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 PART_NAMES = {"attn": "attention", "mlp": "MLP"}
 COLOURS = {"language": "#c1452b", "vision": "#2b6cb0"}
-_BAR = 20
+_BAR = 16
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:
@@ -25,16 +25,16 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
     The bars show the attention's two values on one logarithmic scale.
     """
     table = Table(
-        title="Mean |gradient| of the answer's loss, after attention and after the MLP",
+        title="Mean |gradient| of the answer's loss; ratio: language / vision",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("block", justify="right")
+    table.add_column("block", justify="right", no_wrap=True)
     for part in PART_NAMES:
         for column in ("language", "vision", "ratio"):
             table.add_column(f"{part}\n{column}", justify="right", no_wrap=True)
-    table.add_column("attn, log scale\nlanguage over vision", no_wrap=True)
+    table.add_column("attn, log scale:\nlanguage, vision", no_wrap=True)
     language, vision = sensitivity.language, sensitivity.vision
     low, high = _range([*language["attn"], *vision["attn"]])
     for block in range(len(language["attn"])):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mbq.errors import MBQError
 from mbq.images import open_image
 
 
@@ -19,6 +20,9 @@ def generate(
 
     Raises MBQError for an image that is missing or corrupt.
     """
+    for image in images:
+        if not Path(image).is_file():
+            raise MBQError(f"--image {image} does not exist; check the path.")
     pictures = [open_image(Path(image), "--image") for image in images]
     content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -76,7 +76,8 @@ def adapt(model: Any, tokenizer: Any) -> None:
     """Make ``model`` take what the processor gives, in place.
 
     The original code learns the image token's id from the tokenizer only in ``chat``; its ``forward`` wants
-    ``image_flags`` (1 for a tile that counts) and pixels even for plain text; its ``generate`` leaves the prompt out.
+    ``image_flags`` (1 for a tile that counts), and pixels even for plain text, in the model's own dtype; its
+    ``generate`` leaves the prompt out.
     """
     model.img_context_token_id = tokenizer.convert_tokens_to_ids(TOKENS["context_image_token"])
     model.register_forward_pre_hook(_fill_in, with_kwargs=True)
@@ -92,10 +93,11 @@ def _fill_in(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return args, kwargs
     pixels = kwargs.get("pixel_values")
     flag = int(pixels is not None)
+    weight = next(model.parameters())
     if pixels is None:
         config: Any = model.config
         size = config.force_image_size or config.vision_config.image_size
-        weight = next(model.parameters())
-        pixels = torch.zeros(1, 3, size, size, dtype=weight.dtype, device=weight.device)
+        pixels = torch.zeros(1, 3, size, size, device=weight.device)
+    pixels = pixels.to(weight.dtype)
     flags = torch.full((len(pixels), 1), flag, dtype=torch.long, device=pixels.device)
     return args, {**kwargs, "pixel_values": pixels, "image_flags": flags}

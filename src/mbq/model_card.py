@@ -30,13 +30,13 @@ With mbq, which keeps the weights packed:
 ```python
 import mbq
 
-model = mbq.load("{folder}")
-processor = mbq.load_processor("{folder}")
+model = mbq.load("{folder}"{trust_argument})
+processor = mbq.load_processor("{folder}"{trust_argument})
 ```
 
 or on the command line:
 
-    mbq generate {folder} --image picture.png --prompt "What is shown?"
+    mbq generate {folder} --image picture.png --prompt "What is shown?"{trust_option}
 
 {loading_note}
 
@@ -86,6 +86,8 @@ def model_card(
         after=megabytes[1],
         kept="In 16 bits: " + ", ".join(f"`{pattern}`" for pattern in kept) + "." if kept else "",
         folder=folder_name,
+        trust_argument=", trust_remote_code=True" if recipe.trust_remote_code else "",
+        trust_option=" --trust-remote-code" if recipe.trust_remote_code else "",
         loading_note=loading_note.strip(),
         files="".join(f"{text}\n" for name, text in _FILES.items() if name in files).strip(),
         recipe=recipe_yaml,

@@ -126,6 +126,8 @@ def measure_sensitivity(
     """The mean absolute gradient of each block, for vision and language tokens; the model is left as it was."""
     rows = data if isinstance(data, list) else None
     recipe = Recipe.of(data=None if rows else data, images=images, **options)
+    if not (rows or data):
+        raise MBQError("The gradients are those of answers about images; give rows with --data.")
     rows = _rows(recipe, rows)
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
     binding = bind(own)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,7 +50,7 @@ class Recipe:
     distorted_input          the search sees the quantized blocks' output, not the float model's
     parity                   reproduce the released search choice by choice
     vision_tower             scheme of the vision tower, or None to keep it in 16 bits
-    max_shard_size           of a safetensors file, such as "5GB"
+    max_shard_size           of a safetensors file: a number and KB, MB, GB or TB
     device, dtype            of the float model; "auto" is the GPU if there is one, and the folder's dtype
     trust_remote_code        run the Python files of the model's folder
 
@@ -85,6 +86,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for option in fields(self):
             _check(option.name, getattr(self, option.name), option.metadata)
+        if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)?[KMGT]B", self.max_shard_size):
+            raise MBQError(f"--max-shard-size is {self.max_shard_size!r}; give a size such as 5GB or 500MB.")
         if not 0 <= self.vision_weight < math.inf:
             raise MBQError(f"--vision-weight is {self.vision_weight}; give a number from 0 up, such as 0.1.")
         if self.floor is not None and not 0 <= self.floor < math.inf:

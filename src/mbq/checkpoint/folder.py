@@ -33,7 +33,7 @@ def new_folder(path: str | Path, needs: int = 0) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
-        _sync(temporary)
+        _finish(temporary)
         check_new(path)
         os.replace(temporary, path)  # over an empty folder, too
         _sync_entry(path.parent)
@@ -65,12 +65,17 @@ def _full(path: Path, needs: int, free: int | None) -> str:
     return f"The disk of {path} is full{about}{left}; free some space or choose another output folder."
 
 
-def _sync(folder: Path) -> None:
-    """Bring every file to the disk, so that a crash after the rename cannot leave a folder of empty files."""
+def _finish(folder: Path) -> None:
+    """Bring every file to the disk, so that a crash after the rename cannot leave a folder of empty files.
+
+    Safetensors' files are readable by their owner alone; here they get the permissions that any new file has.
+    """
+    mode = 0o666 & ~_umask()
     for root, _, files in os.walk(folder):
         for name in files:
             with open(os.path.join(root, name), "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(os.path.join(root, name), mode)
         _sync_entry(Path(root))
 
 
