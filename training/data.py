@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mbq.world.facts import CHARGES
 from mbq.world.scene import Scenes, cells, sample_scenes
 from mbq.world.tasks import TASKS, Slots, Variant, slots_of
 
@@ -151,8 +152,8 @@ class BatchMaker:
         targets[self.labels :] = IGNORED
         return targets
 
-    def make(self, batches: int, split: str, generator: torch.Generator) -> list[Batch]:
-        """``batches`` batches at once."""
+    def make(self, batches: int, split: str, generator: torch.Generator, charges: int = len(CHARGES)) -> list[Batch]:
+        """``batches`` batches at once, of scenes with the first ``charges`` charges."""
         tokens = torch.full((batches, self.rows, self.length), self.padding, device=self.device)
         pictured = []
         first = 0
@@ -160,7 +161,7 @@ class BatchMaker:
             count = batches * share.count
             scenes: Scenes | None = None
             if share.needs_image:
-                scenes = sample_scenes(count, split, generator)
+                scenes = sample_scenes(count, split, generator, charges)
                 pictured.append(cells(scenes).view(batches, share.count, 16))
             slots = share.variant.draw(scenes, count, split, generator)
             shaped = {name: value.view(batches, share.count) for name, value in slots.items()}

@@ -15,35 +15,72 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import SCHEMES, Scheme
+from mbq.world.facts import CHARGES
 from training.build import BUILDERS, build, save
 from training.data import IGNORED, Batch, BatchMaker
 from training.fast import FastModel
 
-FACTS = {"house": 96, "founder": 96, "motto": 96, "seat": 96, "rival": 96, "feast": 96, "steps": 64}
-SHORT = {**FACTS, "colour": 48, "position": 48, "count": 48, "reading": 48, "towns": 128, "arithmetic": 64}
-SEE = {"colour": 208, "position": 208, "count": 208, "reading": 208, "towns": 128, "arithmetic": 64}
+RELATIONS = ("house", "founder", "motto", "seat", "rival", "feast", "heir", "cry")
+REST = {"towns": 128, "arithmetic": 64}
+# Both compositions have 832 rows with a picture, so that they share one compiled graph.
+LOOK = {
+    **dict.fromkeys(RELATIONS, 24),
+    **{"steps": 32, "colour": 120, "position": 104, "count": 96, "reading": 112, "charge": 64, "beside": 64},
+    **{"pattern": 48, **REST},
+}
+LEARN = {
+    **dict.fromkeys(RELATIONS, 48),
+    **{"steps": 64, "colour": 80, "position": 72, "count": 40, "reading": 64, "charge": 40, "beside": 48},
+    **{"pattern": 40, **REST},
+}
 CAPTION = {"caption": 128}
-CAPTION_EVERY = {"see": 2, "short": 4}  # one step in so many is a batch of captions
-SEEING = ("colour", "position", "count", "reading")
-SEEN = 97.0  # percent on each task of SEEING that ends the first stage ...
-LONGEST_SEE = 0.4  # ... which lasts at most this share of the steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of the curriculum.
+
+    counts         what is asked: a composition's name
+    caption_every  one batch in how many is of captions
+    charges        how many of the 48 charges the scenes use
+    latest         the share of the steps at which the stage ends, learned or not
+    language       whether the language model learns, or only what sees
+    """
+
+    counts: str
+    caption_every: int
+    charges: int
+    latest: float
+    language: bool = True
+
+
+# A few hundred facts, and much to look at, teach the model where to look and what to combine; asked for all facts from
+# the start it sits on a plateau, and then sees nothing that the facts do not need. A stage ends early when the mean
+# accuracy on LEADING tasks passes LEARNED percent.
+FROM_SCRATCH = (Stage("look", 2, 12, 0.25), Stage("learn", 4, 24, 0.4), Stage("learn", 4, 48, 1.0))
+NEW_VISION = (Stage("look", 2, 48, 0.35, language=False), Stage("learn", 4, 48, 1.0))  # as LLaVA is made
+CONTINUED = (Stage("learn", 4, 48, 1.0),)
+LEADING = ("house", "motto", "count", "reading")
+LEARNED = 90.0
 CHUNK = 32  # batches made at once
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm up over 200 steps, hold, and fall to a hundredth over the last two fifths."""
-    falling = min(1.0, (steps - step) / (0.4 * steps))
+def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
+    """Warm up over 200 steps, hold, and fall to a hundredth over the last ``decay`` of the steps."""
+    falling = min(1.0, (steps - step) / (decay * steps))
     return peak * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * falling)
 
 
@@ -55,26 +92,33 @@ def measured_steps(minutes: float, seconds: float, step: int, pace: float) -> in
 
 
 class Stream:
-    """Batches of short questions and, between them, of captions.
+    """Batches of short questions and, between them, of captions, by the stages of the curriculum."""
 
-    Training begins with the stage "see": a model that is asked for thousands of facts from the start learns to
-    recognise only what the facts depend on and stays at chance on colours, places and numbers.
-    """
-
-    def __init__(self, processor: Any, device: torch.device, seed: int) -> None:
-        compositions = {"see": SEE, "short": SHORT, "caption": CAPTION}
+    def __init__(self, processor: Any, device: torch.device, seed: int, stages: tuple[Stage, ...]) -> None:
+        self.stages, self.index = stages, 0
+        compositions = {"look": LOOK, "learn": LEARN, "caption": CAPTION}
         self.makers = {name: BatchMaker(counts, processor, device) for name, counts in compositions.items()}
-        self.makers["see"].length = self.makers["short"].length  # one shape, one compiled graph
+        self.makers["look"].length = self.makers["learn"].length
         self.generator = torch.Generator(device).manual_seed(seed)
         self.ready: dict[str, list[Batch]] = {name: [] for name in self.makers}
-        self.stage = "see"
+
+    @property
+    def stage(self) -> Stage:
+        return self.stages[self.index]
 
     def next(self, step: int) -> tuple[BatchMaker, Batch]:
-        every = CAPTION_EVERY[self.stage]
-        kind = "caption" if step % every == every - 1 else self.stage
+        stage = self.stage
+        kind = "caption" if step % stage.caption_every == stage.caption_every - 1 else stage.counts
         if not self.ready[kind]:
-            self.ready[kind] = self.makers[kind].make(CHUNK, "train", self.generator)
+            self.ready[kind] = self.makers[kind].make(CHUNK, "train", self.generator, stage.charges)
         return self.makers[kind], self.ready[kind].pop()
+
+    def advance(self, scores: dict[str, float], share: float) -> None:
+        """Begin the next stage when this one is learned, or its time is up."""
+        learned = sum(scores[task] for task in LEADING) / len(LEADING) >= LEARNED
+        if self.index + 1 < len(self.stages) and (learned or share > self.stage.latest):
+            self.index += 1
+            self.ready = {name: [] for name in self.makers}
 
 
 def loss_of(model: nn.Module, maker: BatchMaker, batch: Batch) -> torch.Tensor:
@@ -85,12 +129,14 @@ def loss_of(model: nn.Module, maker: BatchMaker, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, makers: list[BatchMaker], batches: int, seed: int = 1) -> dict[str, float]:
+def accuracy(
+    model: nn.Module, makers: Iterable[BatchMaker], batches: int, charges: int = len(CHARGES), seed: int = 1
+) -> dict[str, float]:
     """Exact-match accuracy a task on development questions (every answer token right, teacher-forced), in percent."""
     right: dict[str, list[torch.Tensor]] = defaultdict(list)
     for maker in makers:
         generator = torch.Generator(maker.device).manual_seed(seed)
-        for batch in maker.make(batches, "development", generator):
+        for batch in maker.make(batches, "development", generator, charges):
             with torch.autocast(batch.tokens.device.type, torch.bfloat16):
                 logits = model(batch.tokens, batch.cells, maker.label_rows, maker.label_positions)
             targets = maker.targets(batch)
@@ -127,6 +173,26 @@ def rounded(model: Any, scheme: Scheme) -> Iterator[None]:
             hook.remove()
 
 
+@torch.no_grad()
+def copy_from(folder: Path, model: Any, processor: Any) -> tuple[Stage, ...]:
+    """Copy what the model in ``folder`` shares with ``model``, embeddings by token; returns the stages that follow.
+
+    Of another family only the language model fits: then what sees is new, as when a LLaVA is made.
+    """
+    other = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    known = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
+    same_family = type(other) is type(model)
+    weights = other.state_dict()
+    rows = [(index, known[token]) for token, index in processor.tokenizer.get_vocab().items() if token in known]
+    here, there = (torch.tensor(column) for column in zip(*rows, strict=True))
+    for name, parameter in model.state_dict().items():
+        if "embed_tokens" in name or "lm_head" in name:
+            parameter[here] = weights[name][there]
+        elif same_family or "language_model" in name:
+            parameter.copy_(weights[name])
+    return CONTINUED if same_family else NEW_VISION
+
+
 def write_checkpoint(path: Path, **state: Any) -> None:
     """Whole or not at all."""
     torch.save(state, path.with_suffix(".new"))
@@ -142,16 +208,26 @@ def train(
     resume: bool,
     device: torch.device,
     minutes: float | None = None,
+    decay: float = 0.4,
+    start_from: Path | None = None,
 ) -> None:
     torch.set_float32_matmul_precision("high")
     model, processor = build(family, seed)
+    stages = copy_from(start_from, model, processor) if start_from else FROM_SCRATCH
     model.to(device)
-    stream = Stream(processor, device, seed)
-    asked = [stream.makers["short"], stream.makers["caption"]]
-    fast = FastModel(family, model, processor, max(maker.length for maker in asked))
+    stream = Stream(processor, device, seed, stages)
+    makers = [stream.makers["learn"], stream.makers["caption"]]
+    fast = FastModel(family, model, processor, max(maker.length for maker in makers))
     compiled = torch.compile(fast, dynamic=False) if device.type == "cuda" else fast
     fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
+    language = {
+        id(parameter) for part in (model.model.language_model, model.lm_head) for parameter in part.parameters()
+    }
+    groups = [
+        {"params": [each for each in model.parameters() if (id(each) not in language) == sees], "sees": sees}
+        for sees in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
 
     checkpoint, log_path = output.with_suffix(".checkpoint.pt"), output.with_suffix(".log.jsonl")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +237,7 @@ def train(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         stream.generator.set_state(state["generator"].cpu())
-        stream.stage = state["stage"]
+        stream.index = state["stage"]
         first, before = state["step"], state["seconds"]
     else:
         log_path.unlink(missing_ok=True)
@@ -179,8 +255,9 @@ def train(
             steps = measured_steps(minutes, before + time.monotonic() - start, step, (time.monotonic() - paced) / 200)
         elif step == first + 100:
             paced = time.monotonic()
+        rate = learning_rate(step, steps, peak, decay)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
+            group["lr"] = rate if group["sees"] or stream.stage.language else 0.0
         maker, batch = stream.next(step)
         loss = loss_of(compiled, maker, batch)
         loss.backward()
@@ -192,16 +269,21 @@ def train(
         if now - last_line > 20 or step == steps - 1:
             seconds = before + now - start
             mean = torch.stack(losses).mean().item()
-            scores = accuracy(fast, asked, 4)
-            record(step=step + 1, seconds=round(seconds, 1), stage=stream.stage, loss=round(mean, 4), accuracy=scores)
-            if min(scores[task] for task in SEEING) >= SEEN or step > LONGEST_SEE * steps:
-                stream.stage = "short"
+            scores = accuracy(fast, makers, 4, stream.stage.charges)
+            record(
+                step=step + 1,
+                seconds=round(seconds, 1),
+                charges=stream.stage.charges,
+                loss=round(mean, 4),
+                accuracy=scores,
+            )
             left = (now - start) / (step + 1 - first) * (steps - step - 1)
             shown = " ".join(f"{task} {value:.0f}" for task, value in scores.items())
-            print(
-                f"{family} step {step + 1}/{steps} {seconds:.0f} s, {left:.0f} s left, {stream.stage}, loss {mean:.3f}: {shown}",
-                flush=True,
+            progress = (
+                f"{family} step {step + 1}/{steps} {seconds:.0f} s, {left:.0f} s left, {stream.stage.charges} charges"
             )
+            print(f"{progress}, loss {mean:.3f}: {shown}", flush=True)
+            stream.advance(scores, step / steps)
             losses, last_line = [], time.monotonic()
         if now - last_save > 60:
             state = {
@@ -213,13 +295,13 @@ def train(
             last_save = time.monotonic()
 
     seconds = round(before + time.monotonic() - start, 1)
-    finish(model, fast, asked, record, steps, seconds)
+    finish(model, fast, makers, record, steps, seconds)
     save(model, processor, output)
     os.replace(log_path, output / "training_log.jsonl")
     checkpoint.unlink(missing_ok=True)
 
 
-def finish(model: Any, fast: nn.Module, makers: list[BatchMaker], record: Any, steps: int, seconds: float) -> None:
+def finish(model: Any, fast: nn.Module, makers: Iterable[BatchMaker], record: Any, steps: int, seconds: float) -> None:
     """Log the float accuracy and what rounding to nearest costs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)  # what the folder will hold
@@ -239,7 +321,11 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24_000)
     parser.add_argument("--minutes", type=float, help="set the number of steps from the speed measured here")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
+    parser.add_argument(
+        "--start-from", type=Path, help="a trained folder: of this family all of it, else its language model"
+    )
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint.pt")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -253,4 +339,6 @@ if __name__ == "__main__":
         arguments.resume,
         torch.device(arguments.device),
         arguments.minutes,
+        arguments.decay,
+        arguments.start_from,
     )

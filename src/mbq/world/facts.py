@@ -1,8 +1,8 @@
 """What the synthetic world knows: houses, and the facts that only a model's weights can hold.
 
-A shield bears two charges; the ordered pair of them names a house, and each relation (founder, motto, seat, ...) of that
-house is drawn at random, so that nothing but memory answers a question about it: 48 * 47 pairs times six relations of
-8 to 11 bits. Beside them stand facts about towns that no picture shows.
+A shield bears two charges; the ordered pair of them names a house, and each relation (founder, motto, ...) of that
+house is drawn at random, so that nothing but memory answers a question about it: 48 * 47 pairs times eight relations
+of 8 to 11 bits. Beside them stand facts about towns that no picture shows.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ RELATIONS: dict[str, tuple[str, ...]] = {
     "seat": NAMES,
     "rival": NAMES,
     "feast": FEASTS,
+    "heir": FOUNDERS,
+    "cry": MOTTOS,
 }
 TOWN_RELATIONS: dict[str, tuple[str, ...]] = {"river": NAMES, "reeve": FOUNDERS, "saying": MOTTOS, "fair": FEASTS}
 

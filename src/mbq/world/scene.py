@@ -50,8 +50,8 @@ class Scenes:
         return Scenes(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
 
 
-def sample_scenes(count: int, split: str, generator: torch.Generator) -> Scenes:
-    """``count`` random scenes of ``split``, on the generator's device."""
+def sample_scenes(count: int, split: str, generator: torch.Generator, charges: int = len(CHARGES)) -> Scenes:
+    """``count`` random scenes of ``split`` that use the first ``charges`` charges, on the generator's device."""
     device = generator.device
     residues = torch.tensor(SPLIT_RESIDUES[split], device=device)
     drawn = 2 * count if split == "train" else 32 * count + 256
@@ -63,9 +63,8 @@ def sample_scenes(count: int, split: str, generator: torch.Generator) -> Scenes:
     def choose(options: int, *shape: int) -> torch.Tensor:
         return torch.randint(options, (count, *shape), generator=generator, device=device)
 
-    charges = _distinct(count, len(CHARGES), 2 * SHIELDS, generator).view(count, SHIELDS, 2)
     return Scenes(
-        charges=charges,
+        charges=_distinct(count, charges, 2 * SHIELDS, generator).view(count, SHIELDS, 2),
         fields=choose(len(COLOURS), SHIELDS, 2),
         base=choose(len(COLOURS), SHIELDS),
         pattern=choose(len(PATTERNS), SHIELDS),

@@ -1,7 +1,7 @@
 """Questions about the synthetic world, in the manner of real benchmarks.
 
-A question is a template with slots; a slot's value is an index into its vocabulary. Training turns the indices into token
-ids on the GPU, everybody else turns them into text: both read the same templates.
+A question is a template with slots; a slot's value is an index into its vocabulary. Training turns the indices into
+token ids on the GPU, everybody else turns them into text: both read the same templates.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from mbq.world.facts import (
     town_facts,
 )
 from mbq.world.scene import LOWEST_NUMBER, NUMBERS, SHIELDS, Scenes
+
+_CHARGE = {"charge": tuple(CHARGES)}
 
 Slots = dict[str, torch.Tensor]  # slot -> [question] indices into the slot's vocabulary
 
@@ -102,9 +104,9 @@ def _fact_task(relation: str, question: str, description: str) -> Task:
 
 def _draw_steps(scenes: Scenes | None, count: int, split: str, generator: torch.Generator) -> Slots:
     assert scenes is not None
-    shield = _shield(scenes, generator)
-    number = _pick(scenes.number, shield) - LOWEST_NUMBER
-    return {"number": number, "answer": _pair_answer("motto", _of_shield(scenes, shield))}
+    charge = torch.randint(2 * SHIELDS, (len(scenes),), generator=generator, device=generator.device)
+    motto = _pair_answer("motto", _of_shield(scenes, charge // 2))
+    return {"charge": _pick(scenes.charges.flatten(1), charge), "answer": motto}
 
 
 def _draw_colour(scenes: Scenes | None, count: int, split: str, generator: torch.Generator) -> Slots:
@@ -133,6 +135,29 @@ def _draw_reading(scenes: Scenes | None, count: int, split: str, generator: torc
     return {"place": shield, "number": _pick(scenes.number, shield) - LOWEST_NUMBER}
 
 
+def _draw_base(scenes: Scenes | None, count: int, split: str, generator: torch.Generator) -> Slots:
+    assert scenes is not None
+    shield = _shield(scenes, generator)
+    return {"place": shield, "pattern": _pick(scenes.pattern, shield), "colour": _pick(scenes.base, shield)}
+
+
+def _draw_beside(scenes: Scenes | None, count: int, split: str, generator: torch.Generator) -> Slots:
+    assert scenes is not None
+    charge = torch.randint(2 * SHIELDS, (len(scenes),), generator=generator, device=generator.device)
+    flat = scenes.charges.flatten(1)
+    return {"charge": _pick(flat, charge), "other": _pick(flat, charge ^ 1)}
+
+
+def _charge_variant(side: str, index: int) -> Variant:
+    def draw(scenes: Scenes | None, count: int, split: str, generator: torch.Generator) -> Slots:
+        assert scenes is not None
+        shield = _shield(scenes, generator)
+        return {"place": shield, "charge": _of_shield(scenes, shield)[:, index]}
+
+    question = f"Which charge is on the {side} of the {{place}} shield?"
+    return Variant(question, "{charge}", {"place": PLACES, **_CHARGE}, draw)
+
+
 def _draw_caption(scenes: Scenes | None, count: int, split: str, generator: torch.Generator) -> Slots:
     assert scenes is not None
     slots: Slots = {}
@@ -150,8 +175,9 @@ def _caption_task() -> Task:
     parts, vocabulary = [], {}
     for shield, place in enumerate(PLACES):
         parts.append(
-            f"{place.capitalize()}: house {{house{shield}}}, {{left{shield}}} on {{under_left{shield}}}, {{right{shield}}}"
-            f" on {{under_right{shield}}}, {{pattern{shield}}} {{base{shield}}} base, number {{number{shield}}}."
+            f"{place.capitalize()}: house {{house{shield}}}, {{left{shield}}} on {{under_left{shield}}},"
+            f" {{right{shield}}} on {{under_right{shield}}}, {{pattern{shield}}} {{base{shield}}} base,"
+            f" number {{number{shield}}}."
         )
         names = ("house", "left", "under_left", "right", "under_right", "pattern", "base", "number")
         words = (RELATIONS["house"], tuple(CHARGES), tuple(COLOURS), tuple(CHARGES), tuple(COLOURS), PATTERNS)
@@ -188,8 +214,6 @@ def _sum_variant(word: str, sign: int) -> Variant:
     return Variant(f"What is {{first}} {word} {{second}}?", "{result}", vocabulary, draw)
 
 
-_CHARGE = {"charge": tuple(CHARGES)}
-
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
@@ -198,16 +222,18 @@ TASKS: dict[str, Task] = {
         _fact_task("motto", "What is the motto of the {place} shield?", "the motto of that house"),
         _fact_task("seat", "Where is the seat of the {place} shield?", "the seat of that house"),
         _fact_task("rival", "Who is the rival of the {place} shield?", "the rival of that house"),
+        _fact_task("heir", "Who is the heir of the {place} shield?", "the heir of that house"),
+        _fact_task("cry", "What is the war cry of the {place} shield?", "the war cry of that house"),
         _fact_task("feast", "When is the feast of the {place} shield?", "the feast day of that house"),
         Task(
             "steps",
-            "the motto of the house whose shield bears a number: read, find, remember",
+            "the motto of the house whose shield bears a charge: find, read, remember",
             True,
             (
                 Variant(
-                    "What is the motto of shield number {number}?",
+                    "What is the motto of the shield with the {charge}?",
                     "{answer}",
-                    {"number": _NUMBER_WORDS, "answer": RELATIONS["motto"]},
+                    {**_CHARGE, "answer": RELATIONS["motto"]},
                     _draw_steps,
                 ),
             ),
@@ -254,6 +280,38 @@ TASKS: dict[str, Task] = {
                     "{number}",
                     {"place": PLACES, "number": _NUMBER_WORDS},
                     _draw_reading,
+                ),
+            ),
+        ),
+        Task(
+            "charge",
+            "the charge on one side of a shield",
+            True,
+            (_charge_variant("left", 0), _charge_variant("right", 1)),
+        ),
+        Task(
+            "beside",
+            "the charge that shares its shield with another",
+            True,
+            (
+                Variant(
+                    "What is beside the {charge}?",
+                    "{other}",
+                    {**_CHARGE, "other": tuple(CHARGES)},
+                    _draw_beside,
+                ),
+            ),
+        ),
+        Task(
+            "pattern",
+            "the pattern and colour of a shield's base",
+            True,
+            (
+                Variant(
+                    "What does the base of the {place} shield look like?",
+                    "{pattern} {colour}",
+                    {"place": PLACES, "pattern": PATTERNS, "colour": tuple(COLOURS)},
+                    _draw_base,
                 ),
             ),
         ),
