@@ -29,7 +29,8 @@ def refused(float_folder: Callable[[str], Path], calibration: Path, tmp_path: Pa
 
     def run(*flags: str | Path, model: Path | None = None, data: Path | None = None, output: Path | None = None) -> str:
         output = output or tmp_path / "new" / "out"
-        output.parent.mkdir(exist_ok=True)
+        if not output.parent.is_file():
+            output.parent.mkdir(exist_ok=True)
         before = sorted(output.parent.rglob("*"))
         arguments = ["quantize", model or float_folder("internvl"), "--output", output]
         arguments += ["--data", data or calibration, "--images", calibration.parent / "images"]
@@ -162,6 +163,14 @@ def test_output_that_is_not_empty(refused: Callable[..., str], tmp_path: Path) -
     assert (output / "thesis.txt").read_text() == "years of work"
 
 
+def test_output_below_a_file_is_refused_before_any_work(refused: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mbq.pipeline.load_model", None)
+        sentence = refused(output=tmp_path / "file" / "out")
+    assert f"because {tmp_path / 'file'} is a file; choose another output folder" in sentence
+
+
 @pytest.mark.parametrize("writer", ["mbq.output.save_model", "mbq.output.write_json"])
 def test_full_disk(writer: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
@@ -210,6 +219,10 @@ def test_ignore_pattern_that_matches_nothing(refused: Callable[..., str]) -> Non
     sentence = refused("--ignore", "re:.*donw_proj")
     assert "--ignore re:.*donw_proj matches no linear of the model" in sentence
     assert "re:.*down_proj" in sentence
+
+
+def test_ignore_patterns_that_leave_nothing(refused: Callable[..., str]) -> None:
+    assert "--ignore leaves no linear to quantize" in refused("--ignore", "re:.*")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

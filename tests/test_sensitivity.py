@@ -129,7 +129,7 @@ def test_without_any_image_nothing_can_be_weighed():
     _model, processor = tiny("internvl")
     binding, _ = calibrated("internvl")
     batches = batches_for(binding, processor, 2, images=(0, 0, 0, 0))
-    with pytest.raises(MBQError, match="add images or use --method awq"):
+    with pytest.raises(MBQError, match="add images, or quantize by --method awq"):
         measure(binding, batches)
 
 

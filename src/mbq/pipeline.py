@@ -180,6 +180,8 @@ def _targets(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
     Raises MBQError for a linear whose width is no multiple of the group size.
     """
     targets = dict.fromkeys(binding.linears(recipe.ignore), recipe.numbers)
+    if not targets:
+        raise MBQError("--ignore leaves no linear to quantize; give patterns that match fewer.")
     size = recipe.numbers.weights.group_size
     for name in targets if size else ():
         width = _linear(binding.model, name).in_features

@@ -53,7 +53,7 @@ def measure(
     """
     if not any(bool(batch.vision.any()) for batch in batches):
         raise MBQError(
-            "No calibration sample has an image, so vision cannot be weighed; add images or use --method awq."
+            "No calibration sample has an image, so vision cannot be weighed; add images, or quantize by --method awq."
         )
     mask = released_language_mask if parity else language_mask
     vision = torch.zeros(len(binding.blocks), len(PARTS), dtype=torch.float64)

@@ -45,12 +45,19 @@ def new_folder(path: str | Path, needs: int = 0) -> Iterator[Path]:
 
 
 def check_new(path: str | Path) -> None:
-    """Raise MBQError unless ``path`` does not exist or is an empty folder: before hours of work, not after."""
-    path = Path(path)
+    """Raise MBQError unless a folder can appear at ``path``: before hours of work, not after.
+
+    ``path`` must not exist, or be an empty folder, and what exists of the way there must be a folder that takes more.
+    """
+    path = Path(path).expanduser().absolute()
     if path.is_dir() and any(path.iterdir()):
         raise MBQError(f"The output folder {path} is not empty; choose another one or remove it.")
     if path.exists() and not path.is_dir():
         raise MBQError(f"The output {path} is a file; choose the path of a new folder.")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        what = "takes no new files" if above.is_dir() else "is a file"
+        raise MBQError(f"{path} cannot be written, because {above} {what}; choose another output folder.")
 
 
 def _sentence(path: Path, needs: int, error: OSError) -> str:
