@@ -76,6 +76,7 @@ CONTINUED = (Stage("learn", 4, 48, 1.0),)
 LEADING = ("house", "motto", "count", "reading")
 LEARNED = 90.0
 CHUNK = 32  # batches made at once
+SAVE_SECONDS = 60.0
 
 
 def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
@@ -285,7 +286,7 @@ def train(
             print(f"{progress}, loss {mean:.3f}: {shown}", flush=True)
             stream.advance(scores, step / steps)
             losses, last_line = [], time.monotonic()
-        if now - last_save > 60:
+        if now - last_save > SAVE_SECONDS:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),

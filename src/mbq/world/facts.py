@@ -7,7 +7,9 @@ of 8 to 11 bits. Beside them stand facts about towns that no picture shows.
 
 from __future__ import annotations
 
+import json
 from functools import cache
+from importlib import resources
 from itertools import product
 
 import numpy as np
@@ -30,42 +32,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 PATTERNS = ("plain", "striped", "dotted", "checked")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 
-_HEADS = (
-    "Alder Amber Ash Bal Barn Beck Birch Black Bram Bran Bright Broad Cald Car Clay Cold Crow Dal Dun Eagle East Elm Fair "
-    "Fal Fen Fern Fox Glen Gold Grey Hal Harrow Hart Hazel Holly Iron King Lang Lin Mar Mill Moss North Oak Pen Raven Red "
-    "Rook Rose Rush Sand Sea Silver South Stan Stone Thorn Tor Wal West White Wild Win Wolf"
-).split()
-_TAILS = (
-    "bank borne bridge brook burgh bury by cliff combe cote dale den field ford gate ham haven hill holt hurst ley mark "
-    "mere mont moor port ridge stead ton vale wick wood"
-).split()
-_GIVEN = (
-    "Ada Aldric Alma Anselm Arno Astrid Beda Berta Bruno Cedric Clara Conrad Dora Edith Edmund Egon Elsa Emeric Enid Ernst "
-    "Fabian Frida Gerda Gilbert Greta Gunnar Hanno Hedwig Helga Hilda Hugo Ida Ingrid Irma Isolde Ivo Jorin Judith Karl "
-    "Konrad Leif Leona Lothar Magda Marten Matilda Norbert Odo Olga Oskar Otto Petra Ralf Roland Runa Sigrid Sven Thea "
-    "Tilda Ulric Ursula Viktor Wanda Wilma"
-).split()
-_EPITHETS = (
-    "Able Bald Blind Bold Brave Calm Devout Elder Fair Fat Gentle Good Great Grim Humble Just Kind Lame Mad Mild Old Pious "
-    "Proud Quiet Rash Rich Short Sly Stern Tall Wise Young"
-).split()
-_VIRTUES = (
-    "Ambition Beauty Bounty Candour Care Charity Clarity Concord Courage Craft Daring Duty Faith Fame Favour Fervour "
-    "Fortune Freedom Friendship Glory Grace Gratitude Harmony Honour Hope Industry Justice Kinship Knowledge Labour Law "
-    "Learning Liberty Love Loyalty Mercy Merit Might Order Patience Peace Pity Plenty Power Prudence Purity Reason Respect "
-    "Science Service Silence Skill Speed Spirit Strength Temperance Thrift Trust Truth Valour Vigour Virtue Wisdom Zeal"
-).split()
-_VERBS = (
-    "abides advances avenges binds builds calls conquers defends endures feeds forgives grows guides heals heeds honours "
-    "joins keeps leads lifts mends prevails protects remains returns rises serves shines stands strives teaches waits"
-).split()
-_MONTHS = "January February March April May June July August September October November December".split()
+_WORDS: dict[str, list[str]] = {
+    kind: words.split()
+    for kind, words in json.loads(resources.files("mbq.world").joinpath("words.json").read_text("utf-8")).items()
+}
 
-NAMES: tuple[str, ...] = tuple(head + tail for head, tail in product(_HEADS, _TAILS))
+NAMES: tuple[str, ...] = tuple(head + tail for head, tail in product(_WORDS["heads"], _WORDS["tails"]))
 TOWNS: tuple[str, ...] = NAMES[::2]
-FOUNDERS = tuple(f"{given} the {epithet}" for given, epithet in product(_GIVEN, _EPITHETS))
-MOTTOS = tuple(f"{virtue} {verb}" for virtue, verb in product(_VIRTUES, _VERBS))
-FEASTS = tuple(f"{day} {month}" for month, day in product(_MONTHS, range(10, 29)))
+FOUNDERS = tuple(f"{given} the {epithet}" for given, epithet in product(_WORDS["given"], _WORDS["epithets"]))
+MOTTOS = tuple(f"{virtue} {verb}" for virtue, verb in product(_WORDS["virtues"], _WORDS["verbs"]))
+FEASTS = tuple(f"{day} {month}" for month, day in product(_WORDS["months"], range(10, 29)))
 
 # relation -> what it can be; the answer of a fact is an index into it
 RELATIONS: dict[str, tuple[str, ...]] = {

@@ -1,0 +1,81 @@
+"""The training's fast path is the model's own function, and a run that is cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mbq.world.scene import paint, sprites
+from training import train as training
+from training.build import BUILDERS, build
+from training.data import BatchMaker
+from training.fast import FastModel
+
+CPU = torch.device("cpu")
+COUNTS = {"motto": 1, "caption": 1, "charge": 2, "towns": 4, "arithmetic": 2}
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_fast_batches_and_forward_equal_the_processor_and_the_model(family: str):
+    """Same token ids, same pixels, same logits as one row at a time through the real processor and model."""
+    model, processor = build(family)
+    model.eval()
+    maker = BatchMaker(COUNTS, processor, CPU)
+    fast = FastModel(family, model, processor, maker.length)
+    batch = maker.make(1, "train", torch.Generator().manual_seed(0))[0]
+    with torch.no_grad():
+        logits = fast(batch.tokens, batch.cells, maker.label_rows, maker.label_positions)
+    row = 0
+    for share, template in zip(maker.shares, maker.templates, strict=True):
+        for _ in range(share.count):
+            ids = batch.tokens[row, : template.length]
+            text = processor.tokenizer.decode(ids)
+            pictures = None
+            if share.needs_image:
+                pictures = [Image.fromarray(paint(batch.cells[row : row + 1], sprites())[0].numpy())]
+                opening, rest = text.split("user\n", 1)
+                rest = rest[max(rest.rfind(mark) + len(mark) for mark in ("</img>\n", "<image>\n", "<|vision_end|>")) :]
+                turn = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
+                placeholder = turn.split("user\n")[1].removesuffix("<|im_end|>\n")
+                text = f"{opening}user\n{placeholder}{rest}"
+            inputs = processor(text=[text], images=pictures, return_tensors="pt")
+            assert inputs["input_ids"][0].tolist() == ids.tolist()
+            with torch.no_grad():
+                expected = model(**inputs).logits[0]
+            mine = maker.label_rows[: maker.labels] == row
+            got, where = logits[: maker.labels][mine], maker.label_positions[: maker.labels][mine]
+            torch.testing.assert_close(got, expected[where], rtol=1e-4, atol=1e-5)
+            row += 1
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(training, "LOOK", dict.fromkeys(training.LOOK, 4))
+    monkeypatch.setattr(training, "LEARN", dict.fromkeys(training.LEARN, 4))
+    monkeypatch.setattr(training, "CAPTION", {"caption": 2})
+    monkeypatch.setattr(training, "CHUNK", 2)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "write_checkpoint", cut_off_at(3, training.write_checkpoint))
+    output = tmp_path / "model"
+    with pytest.raises(KeyboardInterrupt):
+        training.train("qwen2_vl", output, 5, 1e-3, 0, False, CPU)
+    assert not output.exists()
+    monkeypatch.setattr(training, "write_checkpoint", lambda *args, **state: None)
+    training.train("qwen2_vl", output, 5, 1e-3, 0, True, CPU)
+    log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    steps = [entry["step"] for entry in log if "loss" in entry]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 5
+    assert not output.with_suffix(".checkpoint.pt").exists()
+
+
+def cut_off_at(step: int, write):
+    def writing(path: Path, **state) -> None:
+        write(path, **state)
+        if state["step"] == step:
+            raise KeyboardInterrupt
+
+    return writing
