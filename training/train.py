@@ -291,6 +291,7 @@ def train(
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "generator": stream.generator.get_state(),
+                "stage": stream.index,
             }
             write_checkpoint(checkpoint, **state, step=step + 1, seconds=before + now - start)
             last_save = time.monotonic()
