@@ -26,7 +26,7 @@ format: $(INSTALLED)
 # pip is renewed because --group needs 25.1.
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and f"mbq needs Python 3.10 or newer, not {sys.version}; make PYTHON=python3.12")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	if command -v uv > /dev/null; then \
 	  uv pip install --python $(BIN)/python --editable . --group dev; \
 	else \

@@ -127,6 +127,7 @@ def read_family(folder: Path, schemes: Sequence[str]) -> Family | None:
         result = Results.load(path)
         if result.questions == unquantized.questions and result.recipe["weights"] == unquantized.recipe["weights"]:
             by_key.setdefault((scheme, method), {})[int(seed)] = result
+    by_key = {key: seeds for key, seeds in by_key.items() if key[0] in schemes}
     ordered = sorted(by_key, key=lambda key: (list(schemes).index(key[0]), list(METHOD_NAMES).index(key[1])))
     runs = {key: Measured(by_key[key]) for key in ordered}
     return Family(folder.name, Measured({0: unquantized}), runs)

@@ -1,4 +1,4 @@
-"""Quantizers against slow loops written from method.md's table, one number at a time."""
+"""Quantizers against slow loops written from the paper's formulas, one number at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def slow_quantize(weight: torch.Tensor, scheme: WeightScheme) -> QTensor:
-    """The table of method.md, group by group in Python; the scale is rounded to the weight's dtype before its use."""
+    """The formulas, group by group in Python; the scale is rounded to the weight's dtype before its use."""
     rows, width = weight.shape
     size = scheme.group_size or width
     codes = torch.empty(rows, width, dtype=torch.int64)

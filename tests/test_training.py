@@ -69,7 +69,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, monk
     steps = [entry["step"] for entry in log if "loss" in entry]
     assert steps == sorted(set(steps))
     assert steps[-1] == 5
-    assert not output.with_suffix(".checkpoint.pt").exists()
+    assert not output.with_name("model.checkpoint.pt").exists()
 
 
 def cut_off_at(step: int, write):

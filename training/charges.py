@@ -1,8 +1,8 @@
-"""Draw the glyphs of the charges into src/mbq/world/charges.png, a strip of 48 grey 24x24 masks.
+"""Draw the charges and the digits into src/mbq/world: strips of grey masks, 48 of 22x22, 10 of 9x15 pixels.
 
     python training/charges.py
 
-The strip is committed, so that pictures do not depend on the font or on the version of a rasteriser. Glyphs: DejaVu
+The strips are committed, so that pictures do not depend on the font or on the version of a rasteriser. Glyphs: DejaVu
 Sans (free licence), as shipped with matplotlib.
 """
 

@@ -1,7 +1,7 @@
 """Training batches made on the accelerator: token ids by template, pictures by cells of an atlas.
 
-The real processor makes the same ids and pixels one row at a time (``check`` compares them); here a batch of a thousand
-costs a few milliseconds.
+The real processor makes the same ids and pixels one row at a time (tests/test_training.py compares them); here a batch
+of a thousand costs a few milliseconds.
 """
 
 from __future__ import annotations
@@ -45,23 +45,18 @@ class Template:
 
     def __init__(self, share: Share, processor: Any, device: torch.device) -> None:
         tokenizer = processor.tokenizer
+        self._tables: dict[str, list[list[int]]] = {}
         before, between, after = chat_pieces(processor, share.needs_image)
         question = self._pieces(share.variant.question, share.variant, tokenizer)
         answer = self._pieces(share.variant.answer, share.variant, tokenizer)
         self.prompt = [before, *question, between]
         self.answer = [*answer, after[:1]]  # up to the end of the turn, which the model must say
-        self.tables = {
-            key: torch.tensor(value, device=device) for key, value in self._tables.items() if isinstance(value, list)
-        }
-        self.device = device
+        self.tables = {key: torch.tensor(value, device=device) for key, value in self._tables.items()}
         self.prompt_length = sum(self._length(piece) for piece in self.prompt)
         self.length = self.prompt_length + sum(self._length(piece) for piece in self.answer)
 
-    _tables: dict[str, list[list[int]]]
-
     def _pieces(self, template: str, variant: Variant, tokenizer: Any) -> list[Any]:
         """Literals as lists of ids, slots as names; a slot takes the space before it along."""
-        self._tables = getattr(self, "_tables", {})
         pieces: list[Any] = []
         rest = template
         for slot in slots_of(template):

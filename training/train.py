@@ -1,7 +1,9 @@
 """Train a reference model on one GPU and write it as a plain Hugging Face folder.
 
-    python -m training.train internvl --output models/internvl --steps 24000
-    python -m training.train internvl --output models/internvl --steps 24000 --resume
+    python -m training.train internvl --output runs/internvl --minutes 7.9
+    python -m training.train internvl --output runs/internvl --minutes 7.9 --resume
+    python -m training.publish internvl --weights runs/internvl/model.safetensors \\
+        --logs runs/internvl/training_log.jsonl --recipe "how it was made"
 
 The folder gets the model, its processor, and training_log.jsonl: loss, accuracy a task on development questions, and at
 the end what round-to-nearest costs, which is how the load of facts was set. A checkpoint beside the folder
@@ -230,7 +232,7 @@ def train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
 
-    checkpoint, log_path = output.with_suffix(".checkpoint.pt"), output.with_suffix(".log.jsonl")
+    checkpoint, log_path = (output.with_name(output.name + end) for end in (".checkpoint.pt", ".log.jsonl"))
     output.parent.mkdir(parents=True, exist_ok=True)
     first, before = 0, 0.0
     if resume and checkpoint.exists():
@@ -239,7 +241,9 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         stream.generator.set_state(state["generator"].cpu())
         stream.index = state["stage"]
-        first, before = state["step"], state["seconds"]
+        first, before, steps, minutes = state["step"], state["seconds"], state["steps"], None
+        logged = log_path.read_text().splitlines() if log_path.exists() else []
+        log_path.write_text("".join(f"{line}\n" for line in logged if json.loads(line)["step"] <= first))
     else:
         log_path.unlink(missing_ok=True)
 
@@ -292,6 +296,7 @@ def train(
                 "optimizer": optimizer.state_dict(),
                 "generator": stream.generator.get_state(),
                 "stage": stream.index,
+                "steps": steps,
             }
             write_checkpoint(checkpoint, **state, step=step + 1, seconds=before + now - start)
             last_save = time.monotonic()

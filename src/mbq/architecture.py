@@ -21,7 +21,7 @@ class LinearGroup:
     name     "qkv", "o", "gate_up" or "down": the key in search.json
     prev     what is folded into: the norm, or the linear whose output rows are this group's input channels
     linears  the linears that read the input
-    inspect  the module whose output the search compares (method.md, "What is compared"); "" is the block
+    inspect  the module whose output the search compares (arXiv 2412.19509); "" is the block
     part     "attn" or "mlp": whose sensitivity weighs the loss
     """
 

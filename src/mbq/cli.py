@@ -85,7 +85,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"No space is left on the disk of {error.filename or 'the output'}; free some, or write to another disk."
     if type(error).__name__ == "OutOfMemoryError":
-        return "The GPU's memory is full; lower --batch-size or --max-seq-length, or choose another --device."
+        options = "--num-calibration-samples, --max-seq-length or --batch-size"
+        return f"The GPU's memory is full; lower {options}, or choose another --device."
     return None
 
 

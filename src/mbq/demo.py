@@ -183,7 +183,7 @@ def _print_answers(
     def line(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    line("What each answers, to the first question about a picture on which they differ:")
+    line("What each answers to one question about a picture, the first on which they differ if there is one:")
     for picture in row.images:
         shown_path = output / Path(str(picture)).relative_to(folder)
         line(f"  picture   {shown_path}")

@@ -25,7 +25,7 @@ class ActivationScheme:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A named pair of weight and activation quantizers (method.md, "Quantizers"); no activations means 16-bit float."""
+    """A named pair of weight and activation quantizers (arXiv 2412.19509); no activations means 16-bit float."""
 
     name: str
     weights: WeightScheme

@@ -104,7 +104,10 @@ def run(
             if questions is None:
                 processor = mbq.load_processor(path, loading.get("trust_remote_code", False))
                 questions = prepare(rows, processor, batch_size, progress)
-            results.append(evaluate(loaded, questions, name=Path(path).name, progress=progress))
+            name = Path(path).name
+            if any(result.model == name for result in results):  # two folders of one name: the files must differ
+                name += "-2"
+            results.append(evaluate(loaded, questions, name=name, progress=progress))
     console.print(results_table(results))
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)

@@ -54,7 +54,7 @@ def sample_scenes(count: int, split: str, generator: torch.Generator, charges: i
     """``count`` random scenes of ``split`` that use the first ``charges`` charges, on the generator's device."""
     device = generator.device
     residues = torch.tensor(SPLIT_RESIDUES[split], device=device)
-    drawn = 2 * count if split == "train" else 32 * count + 256
+    drawn = 2 * count + 64 if split == "train" else 32 * count + 256
 
     number = _distinct(drawn, NUMBERS, SHIELDS, generator) + LOWEST_NUMBER
     number = number[torch.isin(number.sum(1) % 16, residues)][:count]
