@@ -95,7 +95,7 @@ def run(
             "--images belongs to --data, which is missing; give both, or neither for the built-in questions."
         )
     console = console or Console()
-    results = []
+    results: list[Results] = []
     with tempfile.TemporaryDirectory(prefix="mbq-questions-") as folder:
         rows = world_questions(folder, tasks, limit) if data is None else read_questions(data, images, tasks, limit)
         questions: Questions | None = None
