@@ -1,7 +1,7 @@
 """Train a reference model on one GPU and write it as a plain Hugging Face folder.
 
-    python -m training.train internvl --output runs/internvl --minutes 7.9
-    python -m training.train internvl --output runs/internvl --minutes 7.9 --resume
+    python -m training.train internvl --output runs/internvl
+    python -m training.train internvl --output runs/internvl --resume
     python -m training.publish internvl --weights runs/internvl/model.safetensors \\
         --logs runs/internvl/training_log.jsonl --recipe "how it was made"
 
@@ -87,7 +87,7 @@ def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
     return peak * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * falling)
 
 
-def measured_steps(minutes: float, seconds: float, step: int, pace: float) -> int:
+def steps_within(minutes: float, seconds: float, step: int, pace: float) -> int:
     """How many steps fit into ``minutes`` when ``step`` of them took ``seconds`` and one more takes ``pace``."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -257,7 +257,8 @@ def train(
     step = first - 1
     while (step := step + 1) < steps:
         if minutes and step == first + 300:
-            steps = measured_steps(minutes, before + time.monotonic() - start, step, (time.monotonic() - paced) / 200)
+            pace = (time.monotonic() - paced) / 200
+            steps = min(steps, steps_within(minutes, before + time.monotonic() - start, step, pace))
         elif step == first + 100:
             paced = time.monotonic()
         rate = learning_rate(step, steps, peak, decay)
@@ -327,7 +328,7 @@ if __name__ == "__main__":
     parser.add_argument("family", choices=BUILDERS)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=24_000)
-    parser.add_argument("--minutes", type=float, help="set the number of steps from the speed measured here")
+    parser.add_argument("--minutes", type=float, help="take fewer steps if those would take longer")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
     parser.add_argument(
         "--start-from", type=Path, help="a trained folder: of this family all of it, else its language model"
