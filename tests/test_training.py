@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mbq.world.scene import paint, sprites
+from mbq.world.scene import LOWEST_NUMBER, cells, paint, sample_scenes, sprites
 from training import train as training
 from training.build import BUILDERS, build
-from training.data import BatchMaker
+from training.data import IGNORED, BatchMaker, cell_contents
 from training.fast import FastModel
 
 CPU = torch.device("cpu")
@@ -52,11 +52,26 @@ def test_fast_batches_and_forward_equal_the_processor_and_the_model(family: str)
             row += 1
 
 
+def test_the_contents_of_cells_are_those_of_their_scenes():
+    scenes = sample_scenes(50, "train", torch.Generator().manual_seed(0))
+    left, right, base, plate = (
+        cell_contents()[cells(scenes)].view(50, 2, 2, 2, 2, 4).permute(2, 4, 0, 1, 3, 5).flatten(0, 1)
+    )
+    nothing = torch.full((50, 4), IGNORED)
+    for side, cell in enumerate((left, right)):
+        expected = [scenes.charges[..., side], scenes.fields[..., side], nothing, nothing]
+        assert torch.equal(cell.reshape(50, 4, 4), torch.stack(expected, dim=-1))
+    assert torch.equal(base.reshape(50, 4, 4), torch.stack([nothing, scenes.base, scenes.pattern, nothing], dim=-1))
+    number = scenes.number - LOWEST_NUMBER
+    assert torch.equal(plate.reshape(50, 4, 4), torch.stack([nothing, scenes.base, scenes.pattern, number], dim=-1))
+
+
 def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "LOOK", dict.fromkeys(training.LOOK, 4))
     monkeypatch.setattr(training, "LEARN", dict.fromkeys(training.LEARN, 4))
     monkeypatch.setattr(training, "CAPTION", {"caption": 2})
     monkeypatch.setattr(training, "CHUNK", 2)
+    monkeypatch.setattr(training, "SEE_STEPS", 1)
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training, "write_checkpoint", cut_off_at(3, training.write_checkpoint))
     output = tmp_path / "model"

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from mbq.world.facts import CHARGES
-from mbq.world.scene import Scenes, cells, sample_scenes
+from mbq.world.facts import CHARGES, COLOURS, PATTERNS
+from mbq.world.scene import NUMBERS, Scenes, cells, sample_scenes
 from mbq.world.tasks import TASKS, Slots, Variant, slots_of
 
 IGNORED = -100
@@ -84,6 +85,17 @@ class Template:
             length = ids.shape[-1]
             target[..., start : start + length] = ids
             start += length
+
+
+def cell_contents() -> torch.Tensor:
+    """What each cell of the atlas shows: [cell, (charge, colour, pattern, number)] indices, IGNORED where nothing."""
+    charges, colours, patterns = len(CHARGES), len(COLOURS), len(PATTERNS)
+    charged = torch.cartesian_prod(torch.arange(charges), torch.arange(colours))
+    charged = F.pad(charged, (0, 2), value=IGNORED)
+    ground = torch.cartesian_prod(torch.arange(colours), torch.arange(patterns))
+    bases = F.pad(F.pad(ground, (1, 0), value=IGNORED), (0, 1), value=IGNORED)
+    plates = torch.cartesian_prod(torch.arange(colours), torch.arange(patterns), torch.arange(NUMBERS))
+    return torch.cat([charged, charged, bases, F.pad(plates, (1, 0), value=IGNORED)])
 
 
 def chat_pieces(processor: Any, needs_image: bool) -> tuple[list[int], list[int], list[int]]:

@@ -41,7 +41,10 @@ NAMES: tuple[str, ...] = tuple(head + tail for head, tail in product(_WORDS["hea
 TOWNS: tuple[str, ...] = NAMES[::2]
 FOUNDERS = tuple(f"{given} the {epithet}" for given, epithet in product(_WORDS["given"], _WORDS["epithets"]))
 MOTTOS = tuple(f"{virtue} {verb}" for virtue, verb in product(_WORDS["virtues"], _WORDS["verbs"]))
-FEASTS = tuple(f"{day} {month}" for month, day in product(_WORDS["months"], range(10, 29)))
+FEASTS = tuple(
+    f"{ordinal} {weekday} of {month}"
+    for month, weekday, ordinal in product(_WORDS["months"], _WORDS["weekdays"], _WORDS["ordinals"])
+)
 
 # relation -> what it can be; the answer of a fact is an index into it
 RELATIONS: dict[str, tuple[str, ...]] = {
