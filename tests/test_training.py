@@ -76,10 +76,10 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, monk
     monkeypatch.setattr(training, "write_checkpoint", cut_off_at(3, training.write_checkpoint))
     output = tmp_path / "model"
     with pytest.raises(KeyboardInterrupt):
-        training.train("qwen2_vl", output, 5, 1e-3, 0, False, CPU)
+        training.train("qwen2_vl", output, 5, device=CPU)
     assert not output.exists()
     monkeypatch.setattr(training, "write_checkpoint", lambda *args, **state: None)
-    training.train("qwen2_vl", output, 5, 1e-3, 0, True, CPU)
+    training.train("qwen2_vl", output, 5, resume=True, device=CPU)
     log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in log if "loss" in entry]
     assert steps == sorted(set(steps))

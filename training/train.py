@@ -1,7 +1,7 @@
 """Train a reference model on one GPU and write it as a plain Hugging Face folder.
 
-    python -m training.train internvl --output runs/internvl
-    python -m training.train internvl --output runs/internvl --resume
+    python -m training.train internvl --output runs/internvl --steps 12000
+    python -m training.train internvl --output runs/internvl --steps 12000 --resume
     python -m training.publish internvl --weights runs/internvl/model.safetensors \\
         --logs runs/internvl/training_log.jsonl --recipe "how it was made"
 
@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import SCHEMES, Scheme
@@ -59,26 +58,24 @@ class Stage:
     caption_every  one batch in how many is of captions
     charges        how many of the 48 charges the scenes use
     latest         the share of the steps at which the stage ends, learned or not
-    language       whether the language model learns, or only what sees
     """
 
     counts: str
     caption_every: int
     charges: int
     latest: float
-    language: bool = True
 
 
 # A few hundred facts, and much to look at, teach the model where to look and what to combine; asked for all facts from
 # the start it sits on a plateau, and then sees nothing that the facts do not need. A stage ends early when the mean
 # accuracy on LEADING tasks passes LEARNED percent.
 FROM_SCRATCH = (Stage("look", 2, 12, 0.2), Stage("learn", 4, 24, 0.3), Stage("learn", 4, 48, 1.0))
-NEW_VISION = (Stage("look", 2, 48, 0.35, language=False), Stage("learn", 4, 48, 1.0))  # as LLaVA is made
 CONTINUED = (Stage("learn", 4, 48, 1.0),)
 LEADING = ("house", "motto", "count", "reading")
 LEARNED = 90.0
 CHUNK = 32  # batches made at once
 SAVE_SECONDS = 60.0
+LINE_SECONDS, LINE_STEPS = 20.0, 20  # a line of progress takes both; on a CPU a step is seconds
 SEE_STEPS, SEE_RATE = 800, 1e-3
 
 
@@ -177,33 +174,15 @@ def rounded(model: Any, scheme: Scheme) -> Iterator[None]:
             hook.remove()
 
 
-@torch.no_grad()
-def copy_from(folder: Path, model: Any, processor: Any) -> tuple[Stage, ...]:
-    """Copy what the model in ``folder`` shares with ``model``, embeddings by token; returns the stages that follow.
-
-    Of another family only the language model fits: then what sees is new, as when a LLaVA is made.
-    """
-    other = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    known = AutoProcessor.from_pretrained(folder).tokenizer.get_vocab()
-    same_family = type(other) is type(model)
-    weights = other.state_dict()
-    rows = [(index, known[token]) for token, index in processor.tokenizer.get_vocab().items() if token in known]
-    here, there = (torch.tensor(column) for column in zip(*rows, strict=True))
-    for name, parameter in model.state_dict().items():
-        if "embed_tokens" in name or "lm_head" in name:
-            parameter[here] = weights[name][there]
-        elif same_family or "language_model" in name:
-            parameter.copy_(weights[name])
-    return CONTINUED if same_family else NEW_VISION
-
-
-def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator, vision: list[nn.Parameter]) -> float:
+def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator) -> float:
     """Teach what sees to say what is in each cell of a picture, a vision token a cell; returns the last accuracy.
 
     Vision towers come pretrained. Without, the language model has nothing to look at, and the two wait for each other:
     of eight runs four sat on that plateau to their end.
     """
     device = maker.device
+    language = {*fast.model.model.language_model.parameters(), *fast.model.lm_head.parameters()}
+    vision = [parameter for parameter in fast.model.parameters() if parameter not in language]
     contents = cell_contents().to(device)
     sizes = [int(column.max()) + 1 for column in contents.T]
     head = nn.Linear(fast.model.config.text_config.hidden_size, sum(sizes), device=device)
@@ -219,7 +198,8 @@ def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator,
             seen = fast.features(fast.model, pixels(cell, fast.atlas, torch.bfloat16))[:, : cell.shape[1]]
             scores = head(seen).flatten(0, 1).float().split(sizes, dim=1)
         targets = contents[cell.flatten()].unbind(1)
-        sum(F.cross_entropy(*pair, ignore_index=IGNORED) for pair in zip(scores, targets, strict=True)).backward()
+        losses = [F.cross_entropy(*pair, ignore_index=IGNORED) for pair in zip(scores, targets, strict=True)]
+        torch.stack(losses).sum().backward()
         nn.utils.clip_grad_norm_(vision, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -234,65 +214,65 @@ def write_checkpoint(path: Path, **state: Any) -> None:
     os.replace(path.with_suffix(".new"), path)
 
 
+class Log:
+    """A JSON line an entry, beside the output folder until the run ends."""
+
+    def __init__(self, path: Path, until: int | None) -> None:
+        """Begin anew, or keep the lines up to step ``until`` of a run that was cut off."""
+        self.path = path
+        lines = path.read_text().splitlines() if until is not None and path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= (until or 0)))
+
+    def __call__(self, **entry: Any) -> None:
+        with self.path.open("a") as log:
+            log.write(json.dumps(entry) + "\n")
+
+
 def train(
     family: str,
     output: Path,
     steps: int,
-    peak: float,
-    seed: int,
-    resume: bool,
-    device: torch.device,
+    peak: float = 1.5e-3,
+    seed: int = 0,
+    resume: bool = False,
+    device: torch.device | None = None,
     minutes: float | None = None,
     decay: float = 0.4,
     start_from: Path | None = None,
 ) -> None:
+    """Train ``family`` and write the folder ``output``; takes fewer steps if all would take more than ``minutes``."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     model, processor = build(family, seed)
-    stages = copy_from(start_from, model, processor) if start_from else FROM_SCRATCH
+    if start_from:
+        model.load_state_dict(type(model).from_pretrained(start_from, dtype=torch.float32).state_dict())
     model.to(device)
-    stream = Stream(processor, device, seed, stages)
+    stream = Stream(processor, device, seed, CONTINUED if start_from else FROM_SCRATCH)
     makers = [stream.makers["learn"], stream.makers["caption"]]
     fast = FastModel(family, model, processor, max(maker.length for maker in makers))
     compiled = torch.compile(fast, dynamic=False) if device.type == "cuda" else fast
-    fused = device.type == "cuda"
-    language = {
-        id(parameter) for part in (model.model.language_model, model.lm_head) for parameter in part.parameters()
-    }
-    vision = [each for each in model.parameters() if id(each) not in language]
-    groups = [
-        {"params": vision, "sees": True},
-        {"params": [each for each in model.parameters() if id(each) in language], "sees": False},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+    )
 
     checkpoint, log_path = (output.with_name(output.name + end) for end in (".checkpoint.pt", ".log.jsonl"))
     output.parent.mkdir(parents=True, exist_ok=True)
     first, before = 0, 0.0
-    if resume and checkpoint.exists():
+    if resuming := resume and checkpoint.exists():
         state = torch.load(checkpoint, map_location=device)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         stream.generator.set_state(state["generator"].cpu())
         stream.index = state["stage"]
         first, before, steps, minutes = state["step"], state["seconds"], state["steps"], None
-        logged = log_path.read_text().splitlines() if log_path.exists() else []
-        log_path.write_text("".join(f"{line}\n" for line in logged if json.loads(line)["step"] <= first))
-    else:
-        log_path.unlink(missing_ok=True)
-
+    log = Log(log_path, first if resuming else None)
     start = paced = last_save = last_line = time.monotonic()
+    if not resuming and not start_from:
+        seen = teach_to_see(fast, stream.makers["look"], stream.generator)
+        log(step=0, seconds=round(time.monotonic() - start, 1), accuracy={"cells": seen})
+        print(f"{family}: {seen} % of the cells told apart after {time.monotonic() - start:.0f} s", flush=True)
+
     losses: list[torch.Tensor] = []
-
-    def record(**entry: Any) -> None:
-        with log_path.open("a") as log:
-            log.write(json.dumps(entry) + "\n")
-
-    if not first:
-        seen = teach_to_see(fast, stream.makers["look"], stream.generator, vision)
-        seconds = round(time.monotonic() - start, 1)
-        record(step=0, seconds=seconds, accuracy={"cells": seen})
-        print(f"{family}: {seen} % of the cells told apart after {seconds} s", flush=True)
-
     step = first - 1
     while (step := step + 1) < steps:
         if minutes and step == first + 300:
@@ -300,9 +280,8 @@ def train(
             steps = min(steps, steps_within(minutes, before + time.monotonic() - start, step, pace))
         elif step == first + 100:
             paced = time.monotonic()
-        rate = learning_rate(step, steps, peak, decay)
         for group in optimizer.param_groups:
-            group["lr"] = rate if group["sees"] or stream.stage.language else 0.0
+            group["lr"] = learning_rate(step, steps, peak, decay)
         maker, batch = stream.next(step)
         loss = loss_of(compiled, maker, batch)
         loss.backward()
@@ -311,22 +290,15 @@ def train(
         optimizer.zero_grad()
         losses.append(loss.detach())
         now = time.monotonic()
-        if now - last_line > 20 or step == steps - 1:
-            seconds = before + now - start
+        seconds = before + now - start
+        if (now - last_line > LINE_SECONDS and len(losses) >= LINE_STEPS) or step == steps - 1:
             mean = torch.stack(losses).mean().item()
             scores = accuracy(fast, makers, 4, stream.stage.charges)
-            record(
-                step=step + 1,
-                seconds=round(seconds, 1),
-                charges=stream.stage.charges,
-                loss=round(mean, 4),
-                accuracy=scores,
-            )
+            charges = stream.stage.charges
+            log(step=step + 1, seconds=round(seconds, 1), charges=charges, loss=round(mean, 4), accuracy=scores)
             left = (now - start) / (step + 1 - first) * (steps - step - 1)
             shown = " ".join(f"{task} {value:.0f}" for task, value in scores.items())
-            progress = (
-                f"{family} step {step + 1}/{steps} {seconds:.0f} s, {left:.0f} s left, {stream.stage.charges} charges"
-            )
+            progress = f"{family} step {step + 1}/{steps} {seconds:.0f} s, {left:.0f} s left, {charges} charges"
             print(f"{progress}, loss {mean:.3f}: {shown}", flush=True)
             stream.advance(scores, step / steps)
             losses, last_line = [], time.monotonic()
@@ -338,27 +310,26 @@ def train(
                 "stage": stream.index,
                 "steps": steps,
             }
-            write_checkpoint(checkpoint, **state, step=step + 1, seconds=before + now - start)
+            write_checkpoint(checkpoint, **state, step=step + 1, seconds=seconds)
             last_save = time.monotonic()
 
-    seconds = round(before + time.monotonic() - start, 1)
-    finish(model, fast, makers, record, steps, seconds)
+    finish(model, fast, makers, log, steps, round(before + time.monotonic() - start, 1))
     save(model, processor, output)
     os.replace(log_path, output / "training_log.jsonl")
     checkpoint.unlink(missing_ok=True)
 
 
-def finish(model: Any, fast: nn.Module, makers: Iterable[BatchMaker], record: Any, steps: int, seconds: float) -> None:
+def finish(model: Any, fast: nn.Module, makers: Iterable[BatchMaker], log: Log, steps: int, seconds: float) -> None:
     """Log the float accuracy and what rounding to nearest costs."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16).to(parameter.dtype)  # what the folder will hold
     scores = accuracy(fast, makers, 20)
-    record(step=steps, seconds=seconds, scheme="float", accuracy=scores)
+    log(step=steps, seconds=seconds, scheme="float", accuracy=scores)
     print("float", scores, flush=True)
     for name in ("W4A16", "W3A16", "W2A16", "W4A8", "W3A8", "W4A4"):
         with rounded(model, SCHEMES[name]):
             scores = accuracy(fast, makers, 20)
-        record(step=steps, seconds=seconds, scheme=name, accuracy=scores)
+        log(step=steps, seconds=seconds, scheme=name, accuracy=scores)
         print("RTN", name, scores, flush=True)
 
 
@@ -366,26 +337,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("family", choices=BUILDERS)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=24_000)
+    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--minutes", type=float, help="take fewer steps if those would take longer")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
-    parser.add_argument(
-        "--start-from", type=Path, help="a trained folder: of this family all of it, else its language model"
-    )
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--start-from", type=Path, help="a trained folder of this family to go on from")
+    parser.add_argument("--lr", dest="peak", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint.pt")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    train(
-        arguments.family,
-        arguments.output,
-        arguments.steps,
-        arguments.lr,
-        arguments.seed,
-        arguments.resume,
-        torch.device(arguments.device),
-        arguments.minutes,
-        arguments.decay,
-        arguments.start_from,
-    )
+    parser.add_argument("--device", type=torch.device, help="the GPU if there is one")
+    train(**vars(parser.parse_args()))
