@@ -39,11 +39,12 @@ def run(installed: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_holds_every_module_and_the_demos_model(wheel: Path) -> None:
+def test_holds_every_module_its_data_and_the_demos_model(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if name.startswith("mbq/") and not name.startswith("mbq/models/")}
         models = {name for name in archive.namelist() if name.startswith("mbq/models/")}
-    sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src/mbq").rglob("*.py")}
+    files = (path for path in (ROOT / "src/mbq").rglob("*") if path.is_file() and path.suffix != ".pyc")
+    sources = {str(path.relative_to(ROOT / "src")) for path in files}
     assert sources <= held
     model = {str(Path("mbq") / path.relative_to(ROOT)) for path in (ROOT / "models/internvl").iterdir()}
     assert models == model
