@@ -5,12 +5,13 @@ A layer asks every kernel, best first, and keeps the first that supports it: onc
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
 
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import reference
+from mbq.kernels import cuda, reference
 from mbq.kernels.packed import PackedWeight
 from mbq.scheme import Scheme
 
@@ -18,26 +19,48 @@ from mbq.scheme import Scheme
 class Kernel(Protocol):
     """``supports`` answers None for yes and the reason for no; ``prepare`` may rearrange the words at load."""
 
-    def supports(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None: ...
+    def supports(
+        self, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> str | None: ...
 
     def prepare(self, weight: PackedWeight) -> PackedWeight: ...
 
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference}
+KERNELS: dict[str, Kernel] = {"cuda": cuda, "reference": reference}
+_warned: set[str] = set()
 
 
-def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str:
-    """The name of the kernel for a weight of ``shape`` [out, in]; "auto" is the first of ``KERNELS`` that supports it.
+def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the kernel for a weight of ``shape`` [out, in] with scales and activations of ``dtype``.
+
+    "auto" is the first of ``KERNELS`` that supports it. On a GPU the reference is slow, so a warning says once why it
+    was left with that.
 
     Raises MBQError for an unknown name, and with the kernel's own reason where a named one does not support the layer.
     """
     if name == "auto":
-        return next(name for name, kernel in KERNELS.items() if kernel.supports(scheme, shape, device) is None)
+        reasons = {}
+        for candidate, kernel in KERNELS.items():
+            reasons[candidate] = kernel.supports(scheme, shape, device, dtype)
+            if reasons[candidate] is None:
+                break
+        if candidate == "reference" and device.type == "cuda":
+            _warn(
+                f"{scheme.name} runs on the slow reference kernel: "
+                + "; ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
+            )
+        return candidate
     if name not in KERNELS:
         raise MBQError(f"Unknown kernel {name!r}; choose auto or one of {', '.join(KERNELS)}.")
-    reason = KERNELS[name].supports(scheme, shape, device)
+    reason = KERNELS[name].supports(scheme, shape, device, dtype)
     if reason is not None:
         raise MBQError(f"The kernel {name!r} cannot run this model: {reason}; load it with kernel='auto'.")
     return name
+
+
+def _warn(sentence: str) -> None:
+    if sentence not in _warned:
+        _warned.add(sentence)
+        logging.getLogger("mbq").warning(sentence)
