@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import cuda, reference
+from mbq.kernels import cuda, reference, triton
 from mbq.kernels.packed import PackedWeight
 from mbq.scheme import Scheme
 
@@ -28,7 +28,7 @@ class Kernel(Protocol):
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-KERNELS: dict[str, Kernel] = {"cuda": cuda, "reference": reference}
+KERNELS: dict[str, Kernel] = {"cuda": cuda, "triton": triton, "reference": reference}
 _warned: set[str] = set()
 
 
