@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,24 +175,83 @@ def test_a_compilation_that_fails_says_why(cache: Path) -> None:
         compiled.cubin_of("what is this", "k.cu", 90, {})
 
 
+# ---- the CUDA kernel in emulation ----
+
+EMULATED = [
+    (2, 64, False, torch.float16, 1),
+    (3, 128, False, torch.float16, 1),
+    (3, 128, False, torch.bfloat16, 5),
+    (3, 32, False, torch.bfloat16, 12),
+    (4, None, True, torch.float16, 8),
+    (8, 128, False, torch.float16, 16),
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "dtype", "rows"), EMULATED)
+def test_the_source_multiplies_on_the_cpu(
+    tmp_path: Path, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype, rows: int
+) -> None:
+    """decode.cu itself, a thread for every CUDA thread: what its lanes read, add and write, and nothing beside it."""
+    scheme = weight_only(bits, group_size, symmetric)
+    outputs, inputs = 72, 384 if group_size == 128 else 320
+    q, packed = random_weight(scheme, outputs, inputs, dtype)
+    weight = cuda.prepare(packed)
+    tiles, units = weight.words.shape[:2]
+    library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16)), "WARPS": 2})
+    pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr(), weight.zero_point.data_ptr())
+    x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    for blocks in (1, 2, 3):
+        y = torch.full((rows + 1, outputs), 7.0).to(dtype)
+        library.run_linear(
+            *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs, tiles, units)
+        )
+        check_result(y[:rows], q, x, bias)
+        assert (y[rows] == 7).all()
+    dense = torch.full((outputs + 1, inputs), 7.0).to(dtype)
+    library.run_dense(-(-tiles * units // 8), pointers, pointer(dense), outputs, inputs, tiles, units)
+    assert torch.equal(dense[:outputs], dequantize(q))
+    assert (dense[outputs] == 7).all()
+
+
+def emulated(folder: Path, options: dict[str, int]) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    macros = [f"-D{name}={value}" for name, value in options.items()]
+    include = f"-I{Path(cuda.__file__).parent}"
+    made = folder / "emulated.so"
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-x", "c++"]
+    subprocess.run(
+        [compiler, *flags, include, *macros, "-o", made, Path(__file__).with_name("emulation.h")], check=True
+    )
+    return ctypes.CDLL(str(made))
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
 # ---- on a GPU ----
 
 
+def check_result(y: torch.Tensor, q: QTensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Within one rounding of the result and the rounding of float32 sums, or of a dense weight for many rows."""
+    dense = dequantize(replace(q, scale=q.scale.double()))
+    expected = x.double() @ dense.T + (0 if bias is None else bias.double())
+    terms = x.double().abs() @ dense.abs().T
+    eps = torch.finfo(y.dtype).eps
+    bound = eps * expected.abs() + (eps if len(x) > cuda.DECODE_ROWS else 1e-5) * terms + 1e-6
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
 def check_products(scheme: Scheme, rows: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> None:
-    """Within one rounding of the result and the rounding of float32 sums; nothing is written beside the output."""
     q, packed = random_weight(scheme, outputs, inputs, dtype, "cuda", seed=rows)
     weight = cuda.prepare(packed)
     x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
     offset = torch.randn(outputs, dtype=dtype, device="cuda") if bias else None
-    dense = dequantize(replace(q, scale=q.scale.double()))
-    expected = x.double() @ dense.T + (0 if offset is None else offset.double())
-    terms = x.double().abs() @ dense.abs().T
     got = linear(x, weight, offset, "cuda")
     assert got.dtype == dtype
-    eps = torch.finfo(dtype).eps
-    # a dense weight is rounded to the type before it is multiplied
-    bound = eps * expected.abs() + (eps if rows > cuda.DECODE_ROWS else 1e-5) * terms + 1e-6
-    assert ((got.double() - expected).abs() <= bound).all(), f"{scheme} {rows} {outputs} {inputs} {dtype}"
+    check_result(got, q, x, offset)
     assert torch.equal(got, linear(x, weight, offset, "cuda")), "not the same from run to run"
 
 

@@ -53,33 +53,14 @@ typedef unsigned short T;  // the bits of a float16 or bfloat16
 #endif
 #define BOTH(x) ((x) | (x) << 16)
 
-// ---- where a pair of codes lies --------------------------------------------------------------------------------------
-// Each half of a 32-bit word holds PER_WORD codes, lowest bits first, the even input's in the low half. IN_PLACE of them
-// lie in the mantissa as the word stands; a shift brings the next IN_PLACE there. With 3 bits the 16th pair's three bits
-// are the top bits of the halves of the row's three words.
-constexpr int PER_WORD = 16 / BITS;
-constexpr int IN_PLACE = (MANTISSA - BITS) / BITS + 1;
-__device__ constexpr bool split(int q) { return BITS == 3 && q == 15; }
-__device__ constexpr int word_of(int q) { return q / PER_WORD; }
-__device__ constexpr int shift_of(int q) { return q % PER_WORD / IN_PLACE * IN_PLACE * BITS; }
-__device__ constexpr int bit_of(int q) { return split(q) ? 0 : q % PER_WORD % IN_PLACE * BITS; }
-
+// ---- instructions ----------------------------------------------------------------------------------------------------
+#ifndef EMULATED  // tests/emulation.h has these for a CPU
 __device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
   u32 d;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
 
-// Pair q of a lane's 16 in one row, as offset + code.
-template <int q> __device__ __forceinline__ u32 pair(const u32 (&w)[BITS]) {
-  constexpr u32 offset = BOTH(EXPONENT(bit_of(q)));
-#if BITS == 3
-  if constexpr (split(q)) return and_or(w[2] >> 13, 0x00040004u, and_or(w[1] >> 14, 0x00020002u, and_or(w[0] >> 15, 0x00010001u, offset)));
-#endif
-  if constexpr (!split(q)) return and_or(w[word_of(q)] >> shift_of(q), BOTH(((1u << BITS) - 1) << bit_of(q)), offset);
-}
-
-// ---- floats ----------------------------------------------------------------------------------------------------------
 __device__ __forceinline__ float to_float(T bits) {
 #if BF16
   return __uint_as_float((u32)bits << 16);
@@ -96,7 +77,6 @@ __device__ __forceinline__ T from_float(float value) {
   return bits;
 }
 
-// ---- the tensor core -------------------------------------------------------------------------------------------------
 // c [16 x 8] += a [16 x 16] b [16 x 8]; lane 4g + t holds of c rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1.
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
@@ -110,6 +90,41 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 #endif
 }
 
+__device__ __forceinline__ uint4 load_once(const uint4* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+#endif
+
+// ---- where a pair of codes lies --------------------------------------------------------------------------------------
+// Each half of a 32-bit word holds PER_WORD codes, lowest bits first, the even input's in the low half. IN_PLACE of them
+// lie in the mantissa as the word stands; a shift brings the next IN_PLACE there. With 3 bits the 16th pair's three bits
+// are the top bits of the halves of the row's three words.
+constexpr int PER_WORD = 16 / BITS;
+constexpr int IN_PLACE = (MANTISSA - BITS) / BITS + 1;
+__device__ constexpr bool split(int q) { return BITS == 3 && q == 15; }
+__device__ constexpr int word_of(int q) { return q / PER_WORD; }
+__device__ constexpr int shift_of(int q) { return q % PER_WORD / IN_PLACE * IN_PLACE * BITS; }
+__device__ constexpr int bit_of(int q) { return split(q) ? 0 : q % PER_WORD % IN_PLACE * BITS; }
+
+// Pair q of a lane's 16 in one row, as offset + code.
+template <int q> __device__ __forceinline__ u32 pair(const u32 (&w)[BITS]) {
+  constexpr u32 offset = BOTH(EXPONENT(bit_of(q)));
+#if BITS == 3
+  if constexpr (split(q)) return and_or(w[2] >> 13, 0x00040004u, and_or(w[1] >> 14, 0x00020002u, and_or(w[0] >> 15, 0x00010001u, offset)));
+#endif
+  if constexpr (!split(q)) return and_or(w[word_of(q)] >> shift_of(q), BOTH(((1u << BITS) - 1) << bit_of(q)), offset);
+}
+
+// ---- products ----------------------------------------------------------------------------------------------------------
 // Mma steps s .. end - 1 of a unit. b[n] are a lane's 32 inputs of one row of x, as 16 pairs.
 template <int s, int end> struct Steps {
   // c0, c1: sum x of columns 2t, 2t + 1; c2, c3: sum x * offset
@@ -138,12 +153,6 @@ struct Unit {
   uint2 scale[SETS];
   u32 zero[SETS];
 };
-
-__device__ __forceinline__ uint4 load_once(const uint4* address) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-  return v;
-}
 
 struct Weight {
   const uint4* words;   // [tile, unit, BITS, lane]
@@ -218,10 +227,7 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
     if (begin + d < end) weight.load(queue[d], base + begin + d, units, lane);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous_kernel();
 
   float sum[2][NT][4] = {};
   int k = begin % units, slot = 0;
