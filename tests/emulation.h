@@ -44,6 +44,8 @@ static inline float to_float(unsigned short bits) {
 #endif
 }
 
+static inline float byte_to_float(unsigned bytes, int i) { return (float)(bytes >> 8 * i & 255u); }
+
 static inline unsigned short from_float(float value) {
   unsigned short bits;
 #if BF16

@@ -157,7 +157,7 @@ def test_the_source_compiles(
     if architecture < 80:
         dtype = torch.float16
     source = Path(cuda.__file__).with_name("decode.cu").read_text()
-    options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns))
+    options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 384))
     cubin = compiled.cubin_of(source, "decode.cu", architecture, options)
     assert cubin.startswith(b"\x7fELF")
     [kept] = cache.iterdir()
@@ -197,7 +197,7 @@ def test_the_source_multiplies_on_the_cpu(
     q, packed = random_weight(scheme, outputs, inputs, dtype)
     weight = cuda.prepare(packed)
     tiles, units = weight.words.shape[:2]
-    library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16)), "WARPS": 2})
+    library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs)), "WARPS": 2})
     pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr(), weight.zero_point.data_ptr())
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
     for blocks in (1, 2, 3):

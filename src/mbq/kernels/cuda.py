@@ -56,7 +56,7 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
     if shape[1] % 8:
         return f"it needs a multiple of 8 inputs, not {shape[1]}"
     try:
-        _function("linear", _options(scheme, dtype, 8), device.index or 0)
+        _function("linear", _options(scheme, dtype, 8, shape[1]), device.index or 0)
     except compiled.CompilationError as error:
         return str(error)
     return None
@@ -122,7 +122,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     tiles, units = weight.words.shape[:2]
     index = x.device.index or 0
     blocks = max(min(_processors(index), tiles), -(-tiles // TILES_A_BLOCK))
-    function = _function("linear", _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16), index)
+    function = _function("linear", _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs), index)
     arguments = [
         ctypes.c_void_p(x.data_ptr()),
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr(), _zeros(weight).data_ptr()),
@@ -139,7 +139,7 @@ def dense(weight: PackedWeight) -> torch.Tensor:
     (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
     device = weight.words.device
     y = torch.empty(outputs, inputs, dtype=weight.scale.dtype, device=device)
-    function = _function("dense", _options(weight.scheme, y.dtype, 8), device.index or 0)
+    function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs), device.index or 0)
     arguments = [
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr(), _zeros(weight).data_ptr()),
         ctypes.c_void_p(y.data_ptr()),
@@ -158,7 +158,7 @@ def _zeros(weight: PackedWeight) -> torch.Tensor:
     return weight.zero_point
 
 
-def _options(scheme: Scheme, dtype: torch.dtype, columns: int) -> tuple[tuple[str, int], ...]:
+def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
     """The macros of ``decode.cu``."""
     bits = scheme.weights.bits
     return (
@@ -168,6 +168,7 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int) -> tuple[tuple[st
         ("COLUMNS", columns),
         ("WARPS", WARPS),
         ("DEPTH", 1 if bits == 8 else 3 if columns == 8 else 2),
+        ("EXACT", int(inputs % UNIT == 0)),
     )
 
 

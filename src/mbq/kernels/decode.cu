@@ -9,6 +9,7 @@
 //   COLUMNS  8 or 16: the most rows of x (the columns of the mma)
 //   WARPS    warps a block
 //   DEPTH    units a warp has in flight
+//   EXACT    1: inputs are a multiple of 128
 //
 // Decode reads every weight once, so time is bytes over bandwidth, unless the instructions that turn codes into floats
 // take longer. Three things keep those few:
@@ -69,6 +70,11 @@ __device__ __forceinline__ float to_float(T bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
   return value;
 #endif
+}
+
+// Byte i under the exponent of 2^23, which is then taken off: two instructions, and neither is a slow conversion.
+__device__ __forceinline__ float byte_to_float(u32 bytes, int i) {
+  return __uint_as_float(__byte_perm(bytes, 0x4B000000u, 0x7440 + i)) - 8388608.0f;
 }
 
 __device__ __forceinline__ T from_float(float value) {
@@ -156,19 +162,37 @@ struct Unit {
 
 struct Weight {
   const uint4* words;   // [tile, unit, BITS, lane]
-  const uint2* scales;  // [tile, unit, set, g]: the scales of rows g, g + 8, g + 16, g + 24; without units where GROUP is 0
+  const uint2* scales;  // [tile, unit, set, g]: the scales of rows g, g + 8, g + 16, g + 24; [tile, g] where GROUP is 0
   const u32* zeros;     // the same, a byte each
+};
 
-  __device__ __forceinline__ void load(Unit& into, long long at, int units, int lane) const {
+// Where a lane reads. Units are consecutive, so that what is d units ahead is at a constant offset.
+struct Cursor {
+  const uint4* words;
+  const uint2* scales;
+  const u32* zeros;
+
+  __device__ __forceinline__ Cursor(const Weight& weight, long long unit, int units, int lane)
+      : words(weight.words + unit * (BITS * 32) + lane),
+        scales(weight.scales + (GROUP ? unit * SETS : unit / units) * 8 + (lane >> 2)),
+        zeros(weight.zeros + (GROUP ? unit * SETS : unit / units) * 8 + (lane >> 2)) {}
+
+  __device__ __forceinline__ void load(Unit& into, int ahead, bool next_tile = false) const {
 #pragma unroll
-    for (int j = 0; j < BITS; j++) into.words[j] = load_once(words + (at * BITS + j) * 32 + lane);
-#if GROUP == 0
-    at /= units;
-#endif
+    for (int j = 0; j < BITS; j++) into.words[j] = load_once(words + (ahead * BITS + j) * 32);
+    const int first = GROUP ? ahead * SETS : next_tile;
 #pragma unroll
     for (int s = 0; s < SETS; s++) {
-      into.scale[s] = __ldg(scales + (at * SETS + s) * 8 + (lane >> 2));
-      into.zero[s] = __ldg(zeros + (at * SETS + s) * 8 + (lane >> 2));
+      into.scale[s] = __ldg(scales + (first + s) * 8);
+      into.zero[s] = __ldg(zeros + (first + s) * 8);
+    }
+  }
+
+  __device__ __forceinline__ void advance(int by) {
+    words += by * (BITS * 32);
+    if (GROUP) {
+      scales += by * SETS * 8;
+      zeros += by * SETS * 8;
     }
   }
 };
@@ -189,7 +213,7 @@ __device__ __forceinline__ void scales_of(float (&scale)[4], float (&zero)[4], c
   scale[2] = to_float((T)unit.scale[set].y);
   scale[3] = to_float((T)(unit.scale[set].y >> 16));
 #pragma unroll
-  for (int i = 0; i < 4; i++) zero[i] = (float)(unit.zero[set] >> 8 * i & 255u);
+  for (int i = 0; i < 4; i++) zero[i] = byte_to_float(unit.zero[set], i);
 }
 
 // y += the unit's products with b
@@ -202,7 +226,7 @@ template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4]
 #pragma unroll
     for (int n = 0; n < NT; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) acc[half][n][e] = -fmaf(zero[2 * half + (e >> 1)], sum[n][e & 1], sum[n][2 + (e & 1)]);
+      for (int e = 0; e < 4; e++) acc[half][n][e] = fmaf(-zero[2 * half + (e >> 1)], sum[n][e & 1], -sum[n][2 + (e & 1)]);
   Steps<set * STEPS, set * STEPS + STEPS>::products(acc, w, b);
 #pragma unroll
   for (int half = 0; half < 2; half++)
@@ -221,14 +245,19 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
   const int first_tile = (int)((long long)tiles * blockIdx.x / gridDim.x);
   const int own_tiles = (int)((long long)tiles * (blockIdx.x + 1) / gridDim.x) - first_tile;
   const int work = own_tiles * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
-  const long long base = (long long)first_tile * units;
 
   Unit queue[DEPTH];
+  Cursor cursor(weight, (long long)first_tile * units + begin, units, lane);
+  const int tile_end = (begin / units + 1) * units;  // of the run's first tile; with a scale a row, the next one's follow
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (begin + d < end) weight.load(queue[d], base + begin + d, units, lane);
+    if (begin + d < end) cursor.load(queue[d], d, begin + d >= tile_end);
+  cursor.advance(DEPTH);
   wait_for_previous_kernel();
 
+  const T* own_x[NT];  // a lane's inputs of row g of each eight
+#pragma unroll
+  for (int n = 0; n < NT; n++) own_x[n] = x + (long long)(n * 8 + g) * inputs + 8 * t;
   float sum[2][NT][4] = {};
   int k = begin % units, slot = 0;
   auto put_down = [&]() {
@@ -253,9 +282,8 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
       for (int n = 0; n < NT; n++)
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-          const int input = k * UNIT + 32 * c + 8 * t;
           uint4 v = make_uint4(0, 0, 0, 0);
-          if (n * 8 + g < rows && input < inputs) v = *(const uint4*)(x + (long long)(n * 8 + g) * inputs + input);
+          if (n * 8 + g < rows && (EXACT || k * UNIT + 32 * c + 8 * t < inputs)) v = *(const uint4*)(own_x[n] + k * UNIT + 32 * c);
           b[n][4 * c] = v.x;
           b[n][4 * c + 1] = v.y;
           b[n][4 * c + 2] = v.z;
@@ -263,13 +291,14 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
         }
       rows_of(w, queue[d]);
       multiply<0>(sum, w, queue[d], b);
-      if (unit + DEPTH < end) weight.load(queue[d], base + unit + DEPTH, units, lane);
+      if (unit + DEPTH < end) cursor.load(queue[d], d, unit + DEPTH >= tile_end);
       if (++k == units) {
         put_down();
         k = 0;
         slot = 1;
       }
     }
+    cursor.advance(DEPTH);
   }
   if (k) put_down();
   __syncthreads();
@@ -302,7 +331,7 @@ dense(Weight weight, T* __restrict__ y, int outputs, int inputs, int tiles, int 
   const long long at = (long long)blockIdx.x * 8 + (threadIdx.x >> 5);
   if (at >= (long long)tiles * units) return;
   Unit unit;
-  weight.load(unit, at, units, lane);
+  Cursor(weight, at, units, lane).load(unit, 0);
   u32 w[4][BITS];
   rows_of(w, unit);
   float scale[SETS][4], zero[SETS][4];
