@@ -21,12 +21,12 @@ from typing import Any
 from rich.console import Console
 
 import mbq
-from benchmarks.results_page import page
+from benchmarks.results_page import folder_of, page
 from mbq.evaluation import Questions, Results, evaluate, prepare
 from mbq.evaluation.run import PER_TASK, world_questions
 from mbq.progress import shown
 from mbq.rows import Row, read_rows
-from mbq.world import write
+from mbq.world import TASKS, write
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results"
@@ -45,6 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "mbq-gqa": {"method": "mbq", "norm": "mae", "gqa_fold": True},
     "mbq-distorted": {"method": "mbq", "norm": "mae", "distorted_input": True},
 }
+# name -> the tasks whose rows calibrate; questions have answers of a few tokens, captions of a hundred
+CALIBRATIONS = {"captions": ("caption",), "questions": tuple(task.name for task in TASKS.values() if task.needs_image)}
 MAIN_METHODS = ("rtn", "smoothquant", "awq", "fixed", "mbq-mae", "mbq-mse")
 SAMPLES = 128
 
@@ -57,11 +59,12 @@ class Run:
     method: str
     scheme: str = ""
     seed: int = 0
+    calibration: str = "captions"
 
     @property
     def path(self) -> Path:
         name = f"{self.scheme}-{self.method}-{self.seed}" if self.scheme else self.method
-        return STORED / self.family / f"{name}.json"
+        return folder_of(STORED, self.family, self.calibration) / f"{name}.json"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -70,13 +73,19 @@ class Run:
         return {"scheme": self.scheme, **METHODS[self.method], "num_calibration_samples": SAMPLES, "seed": self.seed}
 
 
-def runs(family: str, schemes: list[str], methods: list[str], seeds: list[int]) -> Iterator[Run]:
-    """The float model, then every scheme and method; rounding to nearest looks at no sample and has no seeds."""
+def runs(
+    family: str, schemes: list[str], methods: list[str], seeds: list[int], calibrations: list[str]
+) -> Iterator[Run]:
+    """The float model, then every scheme and method; rounding to nearest looks at no sample and is run once."""
     yield Run(family, "float")
     for scheme in schemes:
         for method in methods:
-            for seed in seeds[:1] if method == "rtn" else seeds:
-                yield Run(family, method, scheme, seed)
+            if method == "rtn":
+                yield Run(family, method, scheme)
+                continue
+            for calibration in calibrations:
+                for seed in seeds:
+                    yield Run(family, method, scheme, seed, calibration)
 
 
 def weights_hash(folder: Path) -> str:
@@ -87,11 +96,12 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def recipe_of(run: Run, weights: str, calibration: str) -> dict[str, Any]:
+def recipe_of(run: Run, weights: str) -> dict[str, Any]:
     """What a stored run must agree with to be taken as it is."""
     if not run.scheme:
         return {"weights": weights}
-    return {"weights": weights, "calibration": calibration if run.method != "rtn" else None, **run.options}
+    tasks = "+".join(CALIBRATIONS[run.calibration]) if run.method != "rtn" else None
+    return {"weights": weights, "calibration": tasks, **run.options}
 
 
 def is_stored(run: Run, recipe: dict[str, Any], questions: str) -> bool:
@@ -119,8 +129,11 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="mbq-results-") as folder, shown(console) as progress:
         rows = world_questions(Path(folder) / "test", limit=args.per_task)
         # twice as many as are drawn, so that seeds draw different ones
-        data = write(Path(folder) / "calibration", split="calibration", tasks=args.calibrate, per_task=2 * SAMPLES)
-        calibration = read_rows(data)
+        calibration = {
+            name: read_rows(write(Path(folder) / name, split="calibration", tasks=tasks, per_task=2 * SAMPLES))
+            for name, tasks in CALIBRATIONS.items()
+            if name in args.calibrations
+        }
         for family in args.families:
             source = args.models / family
             if not (source / "config.json").is_file():
@@ -129,12 +142,12 @@ def measure_all(args: argparse.Namespace, console: Console) -> None:
             weights = weights_hash(source)
             model, processor = mbq.load(source, device=args.device), mbq.load_processor(source)
             questions = prepare(rows, processor, args.batch_size, progress)
-            todo = list(runs(family, args.schemes, args.methods, args.seeds))
+            todo = list(runs(family, args.schemes, args.methods, args.seeds, args.calibrations))
             for done, run in enumerate(todo):
                 progress(family, done, len(todo), f"{run.scheme} {run.method}")
-                recipe = recipe_of(run, weights, "+".join(args.calibrate))
+                recipe = recipe_of(run, weights)
                 if not is_stored(run, recipe, questions.digest):
-                    measure(run, model, processor, calibration, questions, recipe)
+                    measure(run, model, processor, calibration.get(run.calibration, []), questions, recipe)
             progress(family, len(todo), len(todo), "")
 
 
@@ -145,7 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(mbq.SCHEMES))
     parser.add_argument("--methods", nargs="+", default=list(MAIN_METHODS), choices=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the draw of calibration samples")
-    parser.add_argument("--calibrate", nargs="+", default=["caption"], help="tasks whose rows calibrate")
+    parser.add_argument("--calibrations", nargs="+", default=list(CALIBRATIONS), choices=list(CALIBRATIONS))
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="the folder of the families' folders")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, default=2048, help="questions that go through a model at once")

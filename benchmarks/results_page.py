@@ -34,8 +34,11 @@ Written by `python -m benchmarks.results --write` from the right and wrong answe
 - The models are the three reference models in `models/`, trained on the synthetic world of heraldry (`mbq.world`).
 - An answer is right if greedy decoding writes the reference answer to the letter and ends its turn. {questions}
 - Weights are quantized to the named scheme, and so are activations where it says A8 or A4; vision tower, projector,
-  embeddings and lm_head stay in 16 bits. Methods calibrate on {samples} captioned pictures; where several draws of them
-  (seeds) were measured, a question scores the share of draws that have it right.
+  embeddings and lm_head stay in 16 bits.
+- Methods calibrate on {samples} rows: captioned pictures ("captions", as in the paper), or questions of all image tasks
+  ("questions"). A caption here has a hundred answer tokens beside 16 or 36 vision tokens, so that language outnumbers
+  vision; the answer to a question has one to four, so that vision outnumbers language, as it does in the paper's data.
+  Where several draws of rows (seeds) were measured, a question scores the share of draws that have it right.
 - "61.2 (60.1 to 62.3)" is a mean accuracy in per cent and its 95 % interval: a bootstrap over questions, in which the
   questions about one picture stay together. Differences are in percentage points, with the paired bootstrap's interval
   (10,000 resamples). All intervals speak of other questions; how far draws of calibration samples lie apart is shown
@@ -102,7 +105,8 @@ class Family:
 
 def page(stored: Path, families: Sequence[str], schemes: Sequence[str]) -> str:
     """The page; families without stored runs are left out."""
-    found = [family for name in families if (family := read_family(stored / name, schemes)) is not None]
+    found = [family for name in families if (family := read_family(stored, name, schemes)) is not None]
+    asked = [family for name in families if (family := read_family(stored, name, schemes, "questions")) is not None]
     if not found:
         return HEAD.format(questions="", samples=128) + "\nNothing has been measured yet.\n"
     first = found[0].unquantized.any
@@ -111,17 +115,26 @@ def page(stored: Path, families: Sequence[str], schemes: Sequence[str]) -> str:
         f"Every task has {' or '.join(f'{n:,}' for n in sorted(counts))} questions, about pictures that no model saw."
     )
     samples = max(m.any.recipe.get("num_calibration_samples", 0) for f in found for m in f.runs.values())
-    parts = [HEAD.format(questions=questions, samples=samples), _gains(found)]
+    parts = [HEAD.format(questions=questions, samples=samples), _gains(found, "captions")]
+    if any(method == MBQ for family in asked for _, method in family.runs):
+        parts.append(_gains(asked, "questions"))
+        parts += [f"### {FAMILY_NAMES[family.name]}, calibrated on questions\n\n{_means(family)}" for family in asked]
     return "\n".join([*parts, *(_family(family) for family in found)])
 
 
-def read_family(folder: Path, schemes: Sequence[str]) -> Family | None:
-    """The runs in ``folder``, named scheme-method-seed.json, in the order of ``schemes``."""
-    if not (folder / "float.json").is_file():
+def folder_of(stored: Path, family: str, calibration: str) -> Path:
+    """Where a family's runs are stored; the float model and RTN, which see no calibration, are with the captions."""
+    return stored / family if calibration == "captions" else stored / calibration / family
+
+
+def read_family(stored: Path, name: str, schemes: Sequence[str], calibration: str = "captions") -> Family | None:
+    """The stored runs of a family, named scheme-method-seed.json, in the order of ``schemes``."""
+    main, folder = folder_of(stored, name, "captions"), folder_of(stored, name, calibration)
+    if not (main / "float.json").is_file():
         return None
-    unquantized = Results.load(folder / "float.json")
+    unquantized = Results.load(main / "float.json")
     by_key: dict[tuple[str, str], dict[int, Results]] = {}
-    for path in sorted(folder.glob("*-*.json")):
+    for path in sorted({*main.glob("*-rtn-*.json"), *folder.glob("*-*.json")}):
         scheme, rest = path.stem.split("-", 1)
         method, seed = rest.rsplit("-", 1)
         result = Results.load(path)
@@ -130,13 +143,13 @@ def read_family(folder: Path, schemes: Sequence[str]) -> Family | None:
     by_key = {key: seeds for key, seeds in by_key.items() if key[0] in schemes}
     ordered = sorted(by_key, key=lambda key: (list(schemes).index(key[0]), list(METHOD_NAMES).index(key[1])))
     runs = {key: Measured(by_key[key]) for key in ordered}
-    return Family(folder.name, Measured({0: unquantized}), runs)
+    return Family(name, Measured({0: unquantized}), runs)
 
 
-def _gains(families: Sequence[Family]) -> str:
+def _gains(families: Sequence[Family], calibration: str) -> str:
     """What MBQ gains over plain equalization and over RTN, for every model and scheme, as a table and in words."""
     lines = [
-        "## What MBQ gains\n",
+        f"## What MBQ gains, calibrated on {calibration}\n",
         f"{METHOD_NAMES[MBQ]}, less AWQ (plain equalization) and less RTN, percentage points.\n",
     ]
     header = [
@@ -174,20 +187,27 @@ def _sentence(family: Family, scheme: str, mbq: Measured) -> str:
     return text + "."
 
 
-def _family(family: Family) -> str:
-    lines = [f"## {FAMILY_NAMES[family.name]}\n"]
+def _means(family: Family) -> str:
+    """Mean accuracy over the image and the text tasks, a row a method; schemes that only RTN has are left out."""
+    lines = []
+    schemes = [s for s in family.schemes if any(key[0] == s and key[1] != "rtn" for key in family.runs)]
     for kind, tasks in family.groups.items():
         if not tasks:
             continue
         lines += [f"Mean accuracy over {len(tasks)} {kind} tasks ({', '.join(tasks)}), %:\n"]
-        rows = [["float", *[family.unquantized.mean(tasks).percent()] * len(family.schemes)]]
+        rows = [["float", *[family.unquantized.mean(tasks).percent()] * len(schemes)]]
         for method in family.methods:
             row = [METHOD_NAMES[method]]
-            for scheme in family.schemes:
+            for scheme in schemes:
                 run = family.runs.get((scheme, method))
                 row.append(run.mean(tasks).percent() if run else "")
             rows.append(row)
-        lines += [markdown(["method", *family.schemes], rows), ""]
+        lines += [markdown(["method", *schemes], rows), ""]
+    return "\n".join(lines)
+
+
+def _family(family: Family) -> str:
+    lines = [f"## {FAMILY_NAMES[family.name]}, calibrated on captions\n", _means(family)]
     for scheme in family.schemes:
         lines += [f"### {FAMILY_NAMES[family.name]}, {scheme}, task by task\n", _by_task(family, scheme), ""]
     return "\n".join(lines)

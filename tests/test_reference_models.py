@@ -42,7 +42,7 @@ def test_a_model_is_a_plain_folder_that_answers_questions_about_a_picture(family
     text = model.config.get_text_config()
     assert text.hidden_size % 128 == text.intermediate_size % 128 == 0
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    row = next(row for row in map(json.loads, data.read_text().splitlines()) if row["task"] == "motto")
+    row = next(row for row in map(json.loads, data.read_text().splitlines()) if row["task"] == "house")
     picture, question = row["messages"][0]["content"]
     content = [{"type": "image", "path": str(data.parent / picture["image"])}, question]
     inputs = processor.apply_chat_template(
@@ -78,20 +78,21 @@ def test_a_model_knows_its_world_and_three_bits_cost_it(family: str, data: Path)
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_language_tokens_are_more_sensitive_than_vision_tokens(family: str, tmp_path: Path):
-    """The paper's first figure, where these models show it: in the first block's attention of all three, in every block
-    of Qwen2-VL; and no vision token of the last block has any gradient (docs/sensitivity.md)."""
+    """The paper's first figure, in every block but the last of all three models, by factors that differ.
+
+    No vision token of the last block has any gradient (docs/sensitivity.md).
+    """
     model, processor = mbq.load(MODELS / family).float(), mbq.load_processor(MODELS / family)
     rows = read_rows(write(tmp_path, "calibration", ["caption"], per_task=32))
     binding = bind(model)
     batches = calibration_batches(rows, processor, binding.vision_tokens, num_samples=32, batch_size=8)
     found = measure(binding, batches)
-    assert found.language["attn"][0] > 1.5 * found.vision["attn"][0]
+    assert found.language["attn"][0] > 4 * found.vision["attn"][0]
     for part in ("attn", "mlp"):
         assert found.vision[part][-1] == 0
         assert min(found.language[part]) > 0
-        if family == "qwen2_vl":
-            for language, vision in zip(found.language[part][:-1], found.vision[part][:-1], strict=True):
-                assert language > 3 * vision
+        for language, vision in zip(found.language[part][:-1], found.vision[part][:-1], strict=True):
+            assert language > (1.5 if family == "qwen2_vl" else 5) * vision
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -152,16 +152,20 @@ def test_benchmark_measures_once_and_writes_the_page(
     monkeypatch.setattr(bench, "PAGE", tmp_path / "results.md")
     monkeypatch.setattr(bench, "SAMPLES", 3)
     arguments = ["--models", str(folders / "models"), "--families", "internvl", "--schemes", "W3A16", "W4A8"]
-    arguments += ["--methods", "rtn", "awq", "mbq-mae", "--device", "cpu", "--per-task", "4", "--calibrate", "colour"]
+    arguments += ["--methods", "rtn", "awq", "mbq-mae", "--device", "cpu", "--per-task", "4"]
+    monkeypatch.setattr(bench, "CALIBRATIONS", {"captions": ("colour",), "questions": ("count", "colour")})
     bench.main(arguments)
     files = sorted(path.relative_to(tmp_path / "stored").as_posix() for path in (tmp_path / "stored").rglob("*.json"))
     each = ["awq-0", "awq-1", "mbq-mae-0", "mbq-mae-1", "rtn-0"]
     assert files == [
         *(f"internvl/{scheme}-{name}.json" for scheme in ("W3A16", "W4A8") for name in each),
         "internvl/float.json",
+        *(f"questions/internvl/{scheme}-{name}.json" for scheme in ("W3A16", "W4A8") for name in each[:-1]),
     ]
     text = (tmp_path / "results.md").read_text()
     assert text.count("### InternVL, W") == 2
+    assert text.count("- InternVL at W3A16: MBQ has") == 2
+    assert "## What MBQ gains, calibrated on questions" in text
     again = []
     monkeypatch.setattr(bench, "measure", lambda run, *rest: again.append(run))
     bench.main(arguments)

@@ -24,7 +24,7 @@ from mbq.rows import Row, text_of
 OUTPUT = Path("mbq-demo")
 SCHEMES = {"W3A16": ("rtn", "awq", "mbq"), "W4A8": ("rtn", "smoothquant", "mbq")}
 NAMES = {"rtn": "RTN", "awq": "AWQ", "mbq": "MBQ", "smoothquant": "SmoothQuant"}
-SAMPLES = 128  # captioned pictures to calibrate on
+SAMPLES = 128  # questions about pictures to calibrate on
 CALIBRATION_BATCH, EVALUATION_BATCH = 32, 256
 
 
@@ -100,11 +100,12 @@ def reference_model(family: str) -> Path:
 
 
 def _write_data(folder: Path, per_task: int, tasks: Sequence[str] | None, progress: Progress) -> tuple[Path, list[Row]]:
-    """Captioned pictures to calibrate on, and the questions of the test, which share no scene with them."""
-    from mbq.world import write
+    """Questions to calibrate on, and those of the test, which share no scene with them."""
+    from mbq.world import TASKS, write
 
     progress("draw pictures", 0, SAMPLES + per_task, "")
-    calibration = write(folder / "calibration", split="calibration", tasks=["caption"], per_task=SAMPLES)
+    asked = [task.name for task in TASKS.values() if task.needs_image]
+    calibration = write(folder / "calibration", split="calibration", tasks=asked, per_task=SAMPLES)
     progress("draw pictures", SAMPLES, SAMPLES + per_task, "")
     rows = world_questions(folder / "questions", tasks, per_task)
     progress("draw pictures", SAMPLES + per_task, SAMPLES + per_task, "")
