@@ -30,7 +30,7 @@ def kernel_reasons(device: torch.device, dtype: torch.dtype) -> dict[str, dict[s
 
 
 def kernel_table(device: torch.device, reasons: dict[str, dict[str, str | None]]) -> Table:
-    """A row a kernel, best first, a column a scheme; "yes", or the number of the reason."""
+    """A row a kernel, in the order in which "auto" asks them, a column a scheme; "yes", or the number of the reason."""
     numbers: dict[str, int] = {}
     named = "CPU" if device.type == "cpu" else f"{device}, {torch.cuda.get_device_name(device)}"
     table = Table(title=f"Kernels on {named}", title_justify="left")

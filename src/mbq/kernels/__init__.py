@@ -1,11 +1,10 @@
 """What multiplies by a packed weight. A kernel is a module with the four names of ``Kernel``; ``KERNELS`` lists them.
 
-A layer asks every kernel, best first, and keeps the first that supports it: once, when the model is loaded.
+A layer asks every kernel in order and keeps the first that supports it: once, when the model is loaded.
 """
 
 from __future__ import annotations
 
-import logging
 from typing import Protocol
 
 import torch
@@ -28,39 +27,22 @@ class Kernel(Protocol):
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-KERNELS: dict[str, Kernel] = {"cuda": cuda, "triton": triton, "reference": reference}
-_warned: set[str] = set()
+# The reference leads until the others, right in emulation, have been measured on a GPU; they run where they are named.
+KERNELS: dict[str, Kernel] = {"reference": reference, "cuda": cuda, "triton": triton}
 
 
 def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel for a weight of ``shape`` [out, in] with scales and activations of ``dtype``.
 
-    "auto" is the first of ``KERNELS`` that supports it. On a GPU the reference is slow, so a warning says once why it
-    was left with that.
+    "auto" is the first of ``KERNELS`` that supports it.
 
     Raises MBQError for an unknown name, and with the kernel's own reason where a named one does not support the layer.
     """
     if name == "auto":
-        reasons = {}
-        for candidate, kernel in KERNELS.items():
-            reasons[candidate] = kernel.supports(scheme, shape, device, dtype)
-            if reasons[candidate] is None:
-                break
-        if candidate == "reference" and device.type == "cuda":
-            _warn(
-                f"{scheme.name} runs on the slow reference kernel: "
-                + "; ".join(f"{other}: {reason}" for other, reason in reasons.items() if reason)
-            )
-        return candidate
+        return next(name for name, kernel in KERNELS.items() if kernel.supports(scheme, shape, device, dtype) is None)
     if name not in KERNELS:
         raise MBQError(f"Unknown kernel {name!r}; choose auto or one of {', '.join(KERNELS)}.")
     reason = KERNELS[name].supports(scheme, shape, device, dtype)
     if reason is not None:
         raise MBQError(f"The kernel {name!r} cannot run this model: {reason}; load it with kernel='auto'.")
     return name
-
-
-def _warn(sentence: str) -> None:
-    if sentence not in _warned:
-        _warned.add(sentence)
-        logging.getLogger("mbq").warning(sentence)
