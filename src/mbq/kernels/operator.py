@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -56,12 +57,7 @@ def _shape_of_linear(
     zero_point: torch.Tensor | None,
     bias: torch.Tensor | None,
     outputs: int,
-    inputs: int,
-    kernel: str,
-    bits: int,
-    symmetric: bool,
-    group_size: int | None,
-    activation_bits: int | None,
+    *rest: Any,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], outputs)
 
