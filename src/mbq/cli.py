@@ -273,3 +273,11 @@ def demo_command(
     from mbq.demo import demo
 
     demo(output, model=model)
+
+
+@command
+def doctor_command(verbose: Verbose = 0) -> None:
+    """Show which kernels run on this machine, and why the others do not."""
+    from mbq.doctor import doctor
+
+    doctor(Console())

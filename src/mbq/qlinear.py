@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from mbq.kernels import KERNELS, choose
+from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, is_packed, pack_weight
 from mbq.qtensor import QTensor
 from mbq.scheme import Scheme
@@ -88,13 +89,13 @@ class QuantLinear(nn.Module):
         Raises MBQError where the named kernel does not support this layer.
         """
         packed = self.packed
-        self.kernel = choose(kernel, self.scheme, packed.shape, packed.words.device)
+        self.kernel = choose(kernel, self.scheme, packed.shape, packed.words.device, packed.scale.dtype)
         packed = KERNELS[self.kernel].prepare(packed)
         setattr(self, "weight_packed" if is_packed(self.scheme) else "weight", packed.words)
         self.weight_scale, self.weight_zero_point = packed.scale, packed.zero_point
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return KERNELS[self.kernel].linear(x, self.packed, self.bias)
+        return linear(x, self.packed, self.bias, self.kernel)
 
     def extra_repr(self) -> str:
         scheme, size = self.scheme, self.scheme.weights.group_size

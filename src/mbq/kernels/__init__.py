@@ -1,6 +1,6 @@
 """What multiplies by a packed weight. A kernel is a module with the four names of ``Kernel``; ``KERNELS`` lists them.
 
-A layer asks every kernel, best first, and keeps the first that supports it: once, when the model is loaded.
+A layer asks every kernel in order and keeps the first that supports it: once, when the model is loaded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import reference
+from mbq.kernels import cuda, reference, triton
 from mbq.kernels.packed import PackedWeight
 from mbq.scheme import Scheme
 
@@ -18,26 +18,31 @@ from mbq.scheme import Scheme
 class Kernel(Protocol):
     """``supports`` answers None for yes and the reason for no; ``prepare`` may rearrange the words at load."""
 
-    def supports(self, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None: ...
+    def supports(
+        self, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ) -> str | None: ...
 
     def prepare(self, weight: PackedWeight) -> PackedWeight: ...
 
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-KERNELS: dict[str, Kernel] = {"reference": reference}
+# The reference leads until the others, right in emulation, have been measured on a GPU; they run where they are named.
+KERNELS: dict[str, Kernel] = {"reference": reference, "cuda": cuda, "triton": triton}
 
 
-def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str:
-    """The name of the kernel for a weight of ``shape`` [out, in]; "auto" is the first of ``KERNELS`` that supports it.
+def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the kernel for a weight of ``shape`` [out, in] with scales and activations of ``dtype``.
+
+    "auto" is the first of ``KERNELS`` that supports it.
 
     Raises MBQError for an unknown name, and with the kernel's own reason where a named one does not support the layer.
     """
     if name == "auto":
-        return next(name for name, kernel in KERNELS.items() if kernel.supports(scheme, shape, device) is None)
+        return next(name for name, kernel in KERNELS.items() if kernel.supports(scheme, shape, device, dtype) is None)
     if name not in KERNELS:
         raise MBQError(f"Unknown kernel {name!r}; choose auto or one of {', '.join(KERNELS)}.")
-    reason = KERNELS[name].supports(scheme, shape, device)
+    reason = KERNELS[name].supports(scheme, shape, device, dtype)
     if reason is not None:
         raise MBQError(f"The kernel {name!r} cannot run this model: {reason}; load it with kernel='auto'.")
     return name

@@ -10,7 +10,7 @@ from mbq.qtensor import dequantize, quantize_activations
 from mbq.scheme import Scheme
 
 
-def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device) -> str | None:
+def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 

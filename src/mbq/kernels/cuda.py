@@ -1,0 +1,191 @@
+"""NVIDIA GPUs from compute capability 7.5 on: the kernel of ``decode.cu`` for few rows, one dense weight for many.
+
+The words of a unit, 32 rows x 128 inputs, lie in the order in which its 32 lanes read them (``decode.cu`` says why):
+
+    unit      [BITS vectors][32 lanes][4 rows]  words of 32 bits: a lane reads 16 bytes a vector
+    lane      4g + t: rows g, g + 8, g + 16, g + 24; of each of the unit's 4 runs of 32 inputs, inputs 8t .. 8t + 7
+    row       16 pairs of codes of a lane, pair q = 4 run + p: inputs 32 run + 8t + 2p (low half) and + 1 (high half)
+
+With 3 bits the three words of a row and lane are, a half of 16 bits:
+
+    word 0   bits 0-2 pair 0 | 3-5 pair 1 | 6-8 pair 2 | 9-11 pair 3 | 12-14 pair 4 | 15 bit 0 of pair 15
+    word 1   bits 0-2 pair 5 | ...                                   | 12-14 pair 9 | 15 bit 1 of pair 15
+    word 2   bits 0-2 pair 10 | ...                                  | 12-14 pair 14 | 15 bit 2 of pair 15
+
+Scales and zeros of a unit are [groups, g, 4 rows]: a lane reads those of its four rows at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib import resources
+
+import torch
+import torch.nn.functional as F
+
+from mbq.errors import MBQError
+from mbq.kernels import compiled
+from mbq.kernels.packed import PackedWeight, unpack_weight
+from mbq.scheme import Scheme
+
+TILE, UNIT, WARPS = 32, 128, 16
+TILES_A_BLOCK = 16  # at most, so that a warp's run of units meets two tiles and no more
+GROUPS = (32, 64, 128, None)
+DECODE_ROWS = 16  # more rows of x go through a dense weight
+
+
+def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"it needs an NVIDIA GPU, and the weight is on {device}"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU"
+    if scheme.activations is not None:
+        return f"it keeps activations in 16 bits, and {scheme.name} quantizes them"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (7, 5):
+        return f"it needs compute capability 7.5, and this GPU has {capability[0]}.{capability[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 or bfloat16, not in {dtype}".replace("torch.", "")
+    if dtype == torch.bfloat16 and capability < (8, 0):
+        return "bfloat16 needs compute capability 8.0; load with dtype float16"
+    if dtype == torch.bfloat16 and scheme.weights.bits == 8:
+        return "8-bit codes do not fit the mantissa of bfloat16; load with dtype float16"
+    if scheme.weights.group_size not in GROUPS:
+        return f"it knows groups of 32, 64, 128 and whole rows, not of {scheme.weights.group_size}"
+    if shape[1] % 8:
+        return f"it needs a multiple of 8 inputs, not {shape[1]}"
+    try:
+        _function("linear", _options(scheme, dtype, 8, shape[1]), device.index or 0)
+    except compiled.CompilationError as error:
+        return str(error)
+    return None
+
+
+def prepare(weight: PackedWeight) -> PackedWeight:
+    """Words [tiles, units, bits, 32, 4], scales and zeros (bytes) [tiles, units, groups a unit, 8, 4].
+
+    With one scale a row, scales and zeros are [tiles, 8, 4].
+    """
+    q, bits, size = unpack_weight(weight), weight.scheme.weights.bits, weight.scheme.weights.group_size
+    codes = q.codes if q.zero_point is not None else q.codes.to(torch.int16) + 2 ** (bits - 1)
+    words = pack_units(codes.to(torch.uint8), bits)
+    zero = torch.full_like(q.scale, 2 ** (bits - 1)) if q.zero_point is None else q.zero_point
+    scale, zero = (_in_units(each, size) for each in (q.scale, zero.to(torch.uint8)))
+    return PackedWeight(words, scale, zero, weight.shape, weight.scheme)
+
+
+def pack_units(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [outputs, inputs] to int32 words [tiles, units, bits, 32, 4]; what is added to fill units is 0."""
+    outputs, inputs = codes.shape
+    codes = F.pad(codes, (0, -inputs % UNIT, 0, -outputs % TILE))
+    tiles, units = codes.shape[0] // TILE, codes.shape[1] // UNIT
+    # [tile, row, g, unit, run, t, p, even or odd] -> [tile, unit, lane, row, pair, even or odd]
+    pairs = (
+        codes.view(tiles, 4, 8, units, 4, 4, 4, 2).permute(0, 3, 2, 5, 1, 4, 6, 7).reshape(tiles, units, 32, 4, 16, 2)
+    )
+    halves = torch.zeros(tiles, units, bits, 32, 4, 2, dtype=torch.int32, device=codes.device)
+    per_word = 16 // bits
+    for q in range(16):
+        code = pairs[..., q, :].to(torch.int32)
+        if bits == 3 and q == 15:
+            for bit in range(3):
+                halves[:, :, bit] |= (code >> bit & 1) << 15
+        else:
+            halves[:, :, q // per_word] |= code << q % per_word * bits
+    return halves[..., 0] | halves[..., 1] << 16
+
+
+def _in_units(values: torch.Tensor, group_size: int | None) -> torch.Tensor:
+    """[outputs, groups] to [tiles, units, groups a unit, 8, 4], or [outputs, 1] to [tiles, 8, 4]."""
+    outputs, groups = values.shape
+    per_unit = UNIT // group_size if group_size else 1
+    values = F.pad(values, (0, -groups % per_unit, 0, -outputs % TILE))
+    values = values.view(-1, 4, 8, values.shape[1] // per_unit, per_unit).permute(0, 3, 4, 2, 1)
+    return (values if group_size else values[:, 0, 0]).contiguous()
+
+
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [..., inputs] to [..., outputs] in x's dtype. Sums are float32."""
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs
+    if rows > DECODE_ROWS:
+        return F.linear(x, dense(weight), bias)
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()
+    y = x.new_empty(*x.shape[:-1], outputs)
+    if rows == 0:
+        return y
+    if bias is not None and bias.dtype != x.dtype:
+        raise MBQError(f"The bias is {bias.dtype} and x is {x.dtype}; load the model with one dtype.")
+    tiles, units = weight.words.shape[:2]
+    index = x.device.index or 0
+    blocks = max(min(_processors(index), tiles), -(-tiles // TILES_A_BLOCK))
+    function = _function("linear", _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs), index)
+    arguments = [
+        ctypes.c_void_p(x.data_ptr()),
+        _Weight(weight.words.data_ptr(), weight.scale.data_ptr(), _zeros(weight).data_ptr()),
+        ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
+        ctypes.c_void_p(y.data_ptr()),
+        *(ctypes.c_int(each) for each in (rows, outputs, inputs, tiles, units)),
+    ]
+    function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
+    return y
+
+
+def dense(weight: PackedWeight) -> torch.Tensor:
+    """The weight [outputs, inputs], in the dtype of its scales."""
+    (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
+    device = weight.words.device
+    y = torch.empty(outputs, inputs, dtype=weight.scale.dtype, device=device)
+    function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs), device.index or 0)
+    arguments = [
+        _Weight(weight.words.data_ptr(), weight.scale.data_ptr(), _zeros(weight).data_ptr()),
+        ctypes.c_void_p(y.data_ptr()),
+        *(ctypes.c_int(each) for each in (outputs, inputs, tiles, units)),
+    ]
+    function.launch(device, -(-tiles * units // 8), 256, arguments)
+    return y
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "scales", "zeros")]
+
+
+def _zeros(weight: PackedWeight) -> torch.Tensor:
+    assert weight.zero_point is not None  # prepare() writes the symmetric ones down
+    return weight.zero_point
+
+
+def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
+    """The macros of ``decode.cu``."""
+    bits = scheme.weights.bits
+    return (
+        ("BITS", bits),
+        ("GROUP", scheme.weights.group_size or 0),
+        ("BF16", int(dtype == torch.bfloat16)),
+        ("COLUMNS", columns),
+        ("WARPS", WARPS),
+        ("DEPTH", 1 if bits == 8 else 3 if columns == 8 else 2),
+        ("EXACT", int(inputs % UNIT == 0)),
+    )
+
+
+@cache
+def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
+    source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
+    library = compiled.library(source, "decode.cu", _architecture(index), options)
+    shared = WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
+    return compiled.Function(library, name, shared)
+
+
+@cache
+def _architecture(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,320 @@
+"""The operator's contract, the CUDA kernel's layout, and, on a GPU, its products against float64."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mbq.errors import MBQError
+from mbq.kernels import KERNELS, compiled, cuda
+from mbq.kernels.operator import linear
+from mbq.kernels.packed import PackedWeight, pack_weight
+from mbq.qtensor import QTensor, dequantize, quantize
+from mbq.scheme import SCHEMES, Scheme, WeightScheme
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+COMBINATIONS = list(itertools.product((2, 3, 4, 8), (32, 64, 128, None), (True, False)))
+
+
+def weight_only(bits: int, group_size: int | None, symmetric: bool) -> Scheme:
+    return Scheme(f"W{bits}A16", WeightScheme(bits, symmetric, group_size))
+
+
+def random_weight(
+    scheme: Scheme, outputs: int, inputs: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
+) -> tuple[QTensor, PackedWeight]:
+    """Codes and zero points over their whole range, some scales zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = scheme.weights
+    groups = inputs // weights.group_size if weights.group_size else 1
+    low, high = (-(2 ** (weights.bits - 1)), 2 ** (weights.bits - 1)) if weights.symmetric else (0, 2**weights.bits)
+    codes = torch.randint(low, high, (outputs, inputs), generator=generator)
+    scale = torch.rand(outputs, groups, generator=generator) * 0.02
+    scale[torch.rand(outputs, groups, generator=generator) < 0.05] = 0
+    zero = None
+    if not weights.symmetric:
+        zero = torch.randint(0, 2**weights.bits, (outputs, groups), generator=generator).to(torch.uint8).to(device)
+    codes = codes.to(torch.int8 if weights.symmetric else torch.uint8)
+    q = QTensor(codes.to(device), scale.to(dtype).to(device), zero, weights)
+    return q, pack_weight(q, scheme)
+
+
+# ---- the operator ----
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+def test_the_operator_keeps_its_contract(scheme: Scheme) -> None:
+    packed = pack_weight(quantize(torch.randn(24, 256), scheme.weights), scheme)
+    weights, activations = scheme.weights, scheme.activations
+    arguments = (
+        *(torch.randn(2, 3, 256), packed.words, packed.scale, packed.zero_point, torch.randn(24), 24, 256, "reference"),
+        *(weights.bits, weights.symmetric, weights.group_size, activations and activations.bits),
+    )
+    torch.library.opcheck(torch.ops.mbq.linear.default, arguments)
+
+
+def test_the_operator_is_compiled_without_a_break() -> None:
+    packed = pack_weight(quantize(torch.randn(24, 256), SCHEMES["W3A16"].weights), SCHEMES["W3A16"])
+    x = torch.randn(5, 256)
+
+    def two(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, packed, None, "reference").relu()
+
+    assert torch.equal(torch.compile(two, fullgraph=True, backend="aot_eager")(x), two(x))
+
+
+def test_a_wrong_input_is_answered_in_a_sentence() -> None:
+    packed = pack_weight(quantize(torch.randn(24, 256), SCHEMES["W3A16"].weights), SCHEMES["W3A16"])
+    with pytest.raises(MBQError, match="x has 128 inputs, and the weight has 256"):
+        linear(torch.randn(2, 128), packed, None, "reference")
+    with pytest.raises(MBQError, match="x is on meta, and the weight on cpu"):
+        linear_on(torch.empty(2, 256, device="meta"), packed)
+    with pytest.raises(MBQError, match="x is int64; a quantized linear takes floats"):
+        linear(torch.ones(2, 256, dtype=torch.int64), packed, None, "reference")
+
+
+def linear_on(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """The operator's implementation itself: for a meta tensor torch would ask the fake one."""
+    from mbq.kernels.operator import _linear
+
+    weights = weight.scheme.weights
+    return _linear(
+        *(x, weight.words, weight.scale, weight.zero_point, None, *weight.shape, "reference"),
+        *(weights.bits, weights.symmetric, weights.group_size, None),
+    )
+
+
+# ---- the CUDA kernel without a GPU ----
+
+
+def codes_as_the_kernel_reads_them(words: torch.Tensor, bits: int, mantissa: int) -> torch.Tensor:
+    """int32 words [tiles, units, bits, 32, 4] to codes [tiles * 32, units * 128], by the rules of decode.cu."""
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    tiles, units = words.shape[:2]
+    per_word, in_place = 16 // bits, (mantissa - bits) // bits + 1
+    codes = torch.zeros(tiles, 4, 8, units, 4, 4, 4, 2, dtype=torch.int64)  # tile, row, g, unit, run, t, p, odd
+    for q in range(16):
+        if bits == 3 and q == 15:
+            pair, bit = sum((words[:, :, j] >> 15 - j) & (0x10001 << j) for j in range(3)), 0
+        else:
+            shift, bit = q % per_word // in_place * in_place * bits, q % per_word % in_place * bits
+            pair = (words[:, :, q // per_word] >> shift) & ((2**bits - 1) * 0x10001 << bit)
+            assert bit + bits <= mantissa
+        for odd in range(2):
+            code = (pair >> 16 * odd & 0xFFFF) >> bit  # [tile, unit, lane, row]
+            codes[:, :, :, :, q // 4, :, q % 4, odd] = code.view(tiles, units, 8, 4, 4).permute(0, 4, 2, 1, 3)
+    return codes.reshape(tiles * 32, units * 128)
+
+
+@pytest.mark.parametrize(("bits", "mantissa"), [(2, 10), (2, 7), (3, 10), (3, 7), (4, 10), (4, 7), (8, 10)])
+def test_the_packed_words_are_read_back(bits: int, mantissa: int) -> None:
+    codes = torch.randint(2**bits, (45, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    words = cuda.pack_units(codes, bits)
+    assert words.shape == (2, 3, bits, 32, 4)
+    read = codes_as_the_kernel_reads_them(words, bits, mantissa)
+    assert torch.equal(read[:45, :300], codes.long())
+    assert not read[45:].any()
+    assert not read[:, 300:].any()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+def test_scales_lie_beside_their_units(group_size: int | None) -> None:
+    q, packed = random_weight(weight_only(3, group_size, False), 40, 384, torch.float16)
+    made = cuda.prepare(packed)
+    for row, unit in itertools.product(range(40), range(3)):
+        for place in range(128 // group_size if group_size else 1):
+            at = (row // 32, unit, place, row % 8, row % 32 // 8) if group_size else (row // 32, row % 8, row % 32 // 8)
+            group = unit * 128 // group_size + place if group_size else 0
+            assert made.scale[at] == q.scale[row, group]
+            assert made.zero_point[at] == q.zero_point[row, group]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    try:
+        compiled.bindings()
+    except compiled.CompilationError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("MBQ_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("architecture", [75, 80, 90])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype", "columns"),
+    [(2, 64, torch.float16, 8), (3, 128, torch.float16, 16), (4, None, torch.bfloat16, 8), (8, 32, torch.float16, 8)],
+)
+def test_the_source_compiles(
+    cache: Path, architecture: int, bits: int, group_size: int | None, dtype: torch.dtype, columns: int
+) -> None:
+    if architecture < 80:
+        dtype = torch.float16
+    source = Path(cuda.__file__).with_name("decode.cu").read_text()
+    options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 384))
+    cubin = compiled.cubin_of(source, "decode.cu", architecture, options)
+    assert cubin.startswith(b"\x7fELF")
+    [kept] = cache.iterdir()
+    kept.write_bytes(b"from disk")
+    assert compiled.cubin_of(source, "decode.cu", architecture, options) == b"from disk"
+
+
+def test_an_unwritable_cache_is_done_without(cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    assert compiled.cubin_of('extern "C" __global__ void k() {}', "k.cu", 80, {}).startswith(b"\x7fELF")
+
+
+def test_a_compilation_that_fails_says_why(cache: Path) -> None:
+    with pytest.raises(compiled.CompilationError, match=r"NVRTC cannot compile k\.cu for sm_90: .*error"):
+        compiled.cubin_of("what is this", "k.cu", 90, {})
+
+
+# ---- the CUDA kernel in emulation ----
+
+EMULATED = [
+    (2, 64, False, torch.float16, 1),
+    (3, 128, False, torch.float16, 1),
+    (3, 128, False, torch.bfloat16, 5),
+    (3, 32, False, torch.bfloat16, 12),
+    (4, None, True, torch.float16, 8),
+    (8, 128, False, torch.float16, 16),
+]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "dtype", "rows"), EMULATED)
+def test_the_source_multiplies_on_the_cpu(
+    tmp_path: Path, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype, rows: int
+) -> None:
+    """decode.cu itself, a thread for every CUDA thread: what its lanes read, add and write, and nothing beside it."""
+    scheme = weight_only(bits, group_size, symmetric)
+    outputs, inputs = 72, 384 if group_size == 128 else 320
+    q, packed = random_weight(scheme, outputs, inputs, dtype)
+    weight = cuda.prepare(packed)
+    tiles, units = weight.words.shape[:2]
+    library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs)), "WARPS": 2})
+    pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr(), weight.zero_point.data_ptr())
+    x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
+    for blocks in (1, 2, 3):
+        y = torch.full((rows + 1, outputs), 7.0).to(dtype)
+        library.run_linear(
+            *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs, tiles, units)
+        )
+        check_result(y[:rows], q, x, bias)
+        assert (y[rows] == 7).all()
+    dense = torch.full((outputs + 1, inputs), 7.0).to(dtype)
+    library.run_dense(-(-tiles * units // 8), pointers, pointer(dense), outputs, inputs, tiles, units)
+    assert torch.equal(dense[:outputs], dequantize(q))
+    assert (dense[outputs] == 7).all()
+
+
+def emulated(folder: Path, options: dict[str, int]) -> ctypes.CDLL:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+    macros = [f"-D{name}={value}" for name, value in options.items()]
+    include = f"-I{Path(cuda.__file__).parent}"
+    made = folder / "emulated.so"
+    flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-pthread", "-x", "c++"]
+    subprocess.run(
+        [compiler, *flags, include, *macros, "-o", made, Path(__file__).with_name("emulation.h")], check=True
+    )
+    return ctypes.CDLL(str(made))
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+# ---- on a GPU ----
+
+
+def check_result(y: torch.Tensor, q: QTensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Within one rounding of the result and the rounding of float32 sums, or of a dense weight for many rows."""
+    dense = dequantize(replace(q, scale=q.scale.double()))
+    expected = x.double() @ dense.T + (0 if bias is None else bias.double())
+    terms = x.double().abs() @ dense.abs().T
+    eps = torch.finfo(y.dtype).eps
+    bound = eps * expected.abs() + (eps if len(x) > cuda.DECODE_ROWS else 1e-5) * terms + 1e-6
+    assert ((y.double() - expected).abs() <= bound).all()
+
+
+def check_products(scheme: Scheme, rows: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> None:
+    q, packed = random_weight(scheme, outputs, inputs, dtype, "cuda", seed=rows)
+    weight = cuda.prepare(packed)
+    x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
+    offset = torch.randn(outputs, dtype=dtype, device="cuda") if bias else None
+    got = linear(x, weight, offset, "cuda")
+    assert got.dtype == dtype
+    check_result(got, q, x, offset)
+    assert torch.equal(got, linear(x, weight, offset, "cuda")), "not the same from run to run"
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), COMBINATIONS)
+def test_products_are_those_of_the_dense_weight(
+    bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+) -> None:
+    scheme = weight_only(bits, group_size, symmetric)
+    reason = cuda.supports(scheme, (8, 128), torch.device("cuda"), dtype)
+    if reason:
+        pytest.skip(reason)
+    for rows in (1, 2, 7, 8, 9, 16, 17, 40):
+        for outputs, inputs in ((8, 128), (64, 256), (1000, 384), (40, 2176), (4104, 1024), (4608, 128)):
+            check_products(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
+    if group_size == 32:
+        check_products(scheme, 3, 72, 160, dtype, bias=True)
+    if group_size is None:
+        check_products(scheme, 3, 72, 200, dtype, bias=True)
+
+
+@GPU
+@pytest.mark.gpu
+def test_large_and_small_shapes_of_real_models() -> None:
+    for outputs, inputs in ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944), (59136, 8192)):
+        for dtype in (torch.float16, torch.bfloat16):
+            for rows in (1, 4, 16):
+                check_products(SCHEMES["W3A16"], rows, outputs, inputs, dtype, bias=False)
+
+
+@GPU
+@pytest.mark.gpu
+def test_strided_and_misaligned_inputs_graphs_and_streams() -> None:
+    q, packed = random_weight(SCHEMES["W3A16"], 640, 512, torch.float16, "cuda")
+    weight = cuda.prepare(packed)
+    dense = dequantize(q)
+    wide = torch.randn(3, 1026, dtype=torch.float16, device="cuda")
+    for x in (wide[:, 1:513], wide[:, ::2][:, :512], wide[:1, 3:515], wide[0, 5:517]):
+        expected = (x.double() @ dense.double().T).half()
+        torch.testing.assert_close(linear(x, weight, None, "cuda"), expected, rtol=4e-3, atol=4e-3)
+    x = torch.randn(1, 512, dtype=torch.float16, device="cuda")
+    expected = linear(x, weight, None, "cuda")
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        assert torch.equal(linear(x, weight, None, "cuda"), expected)
+    torch.cuda.synchronize()
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+    with torch.cuda.graph(graph):
+        y = linear(linear(static, weight, None, "cuda")[:, :512].contiguous(), weight, None, "cuda")
+    static.copy_(x)
+    graph.replay()
+    assert torch.equal(y, linear(expected[:, :512].contiguous(), weight, None, "cuda"))
+    compiled_linear = torch.compile(lambda x: linear(x, weight, None, "cuda").relu(), fullgraph=True)
+    assert torch.equal(compiled_linear(x), expected.relu())
+
+
+@GPU
+@pytest.mark.gpu
+def test_all_devices() -> None:
+    for index in range(torch.cuda.device_count()):
+        _, packed = random_weight(SCHEMES["W3A16"], 64, 256, torch.float16, f"cuda:{index}")
+        x = torch.randn(2, 256, dtype=torch.float16, device=f"cuda:{index}")
+        got = linear(x, cuda.prepare(packed), None, "cuda")
+        torch.testing.assert_close(got, KERNELS["reference"].linear(x, packed, None), rtol=4e-3, atol=4e-3)
