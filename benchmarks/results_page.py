@@ -36,8 +36,8 @@ Written by `python -m benchmarks.results --write` from the right and wrong answe
 - Weights are quantized to the named scheme, and so are activations where it says A8 or A4; vision tower, projector,
   embeddings and lm_head stay in 16 bits.
 - Methods calibrate on {samples} rows: captioned pictures ("captions", as in the paper), or all image tasks alike
-  ("questions", one in 17 a caption). A caption here has 93 answer tokens beside 16 or 36 vision tokens, so that language
-  outnumbers vision; other answers have two to five, so that vision outnumbers language, as in the paper's data.
+  ("questions", one in 17 a caption). A caption here has 93 answer tokens beside 16 or 36 vision tokens, so language
+  outnumbers vision; other answers have two to five, so vision outnumbers language, as in the paper's data.
   Where several draws of rows (seeds) were measured, a question scores the share of draws that have it right.
 - "61.2 (60.1 to 62.3)" is a mean accuracy in per cent and its 95 % interval: a bootstrap over questions, in which the
   questions about one picture stay together. Differences are in percentage points, with the paired bootstrap's interval
