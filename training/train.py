@@ -177,8 +177,7 @@ def rounded(model: Any, scheme: Scheme) -> Iterator[None]:
 def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator) -> float:
     """Teach what sees to say what is in each cell of a picture, a vision token a cell; returns the last accuracy.
 
-    Vision towers come pretrained. Without, the language model has nothing to look at, and the two wait for each other,
-    about every second run to its end.
+    Vision towers come pretrained. Without, the language model has nothing to look at, and the two wait for each other.
     """
     device = maker.device
     language = {*fast.model.model.language_model.parameters(), *fast.model.lm_head.parameters()}
