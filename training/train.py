@@ -1,7 +1,7 @@
 """Train a reference model on one GPU and write it as a plain Hugging Face folder.
 
-    python -m training.train internvl --output runs/internvl --steps 12000
-    python -m training.train internvl --output runs/internvl --steps 12000 --resume
+    python -m training.train internvl --output runs/internvl --steps 10000 --cost 23
+    python -m training.train internvl --output runs/internvl --steps 10000 --cost 23 --resume
     python -m training.publish internvl --weights runs/internvl/model.safetensors \\
         --logs runs/internvl/training_log.jsonl --recipe "how it was made"
 
@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import SCHEMES, Scheme
+from mbq.world import TASKS
 from mbq.world.facts import CHARGES
 from training.build import BUILDERS, build, save
 from training.data import IGNORED, Batch, BatchMaker, cell_contents
@@ -77,6 +78,8 @@ CHUNK = 32  # batches made at once
 SAVE_SECONDS = 60.0
 LINE_SECONDS, LINE_STEPS = 20.0, 20  # a line of progress takes both; on a CPU a step is seconds
 SEE_STEPS, SEE_RATE = 800, 1e-3
+COST_STEPS = 200  # between two looks at what rounding costs
+IMAGE_TASKS = tuple(task.name for task in TASKS.values() if task.needs_image)
 
 
 def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
@@ -174,6 +177,17 @@ def rounded(model: Any, scheme: Scheme) -> Iterator[None]:
             hook.remove()
 
 
+def image_mean(scores: dict[str, float]) -> float:
+    return sum(scores[task] for task in IMAGE_TASKS) / len(IMAGE_TASKS)
+
+
+def rounding_cost(model: Any, fast: nn.Module, makers: Iterable[BatchMaker]) -> float:
+    """Points that rounding to nearest at W3A16 takes off the mean of the image tasks."""
+    before = image_mean(accuracy(fast, makers, 4))
+    with rounded(model, SCHEMES["W3A16"]):
+        return round(before - image_mean(accuracy(fast, makers, 4)), 2)
+
+
 def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator) -> float:
     """Teach what sees to say what is in each cell of a picture, a vision token a cell; returns the last accuracy.
 
@@ -238,8 +252,13 @@ def train(
     minutes: float | None = None,
     decay: float = 0.4,
     start_from: Path | None = None,
+    cost: float | None = None,
 ) -> None:
-    """Train ``family`` and write the folder ``output``; takes fewer steps if all would take more than ``minutes``."""
+    """Train ``family`` and write the folder ``output``.
+
+    It takes fewer steps if all would take more than ``minutes``, and stops while the learning rate falls once rounding
+    to W3A16 costs less than ``cost`` points: the surer a model knows its facts, the less rounding takes from it.
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     model, processor = build(family, seed)
@@ -301,6 +320,12 @@ def train(
             print(f"{progress}, loss {mean:.3f}: {shown}", flush=True)
             stream.advance(scores, step / steps)
             losses, last_line = [], time.monotonic()
+        if cost and step >= (1 - decay) * steps and step % COST_STEPS == 0:
+            costs = rounding_cost(model, fast, makers)
+            log(step=step + 1, seconds=round(now - start + before, 1), cost=costs)
+            print(f"{family} step {step + 1}: rounding to W3A16 costs {costs} points", flush=True)
+            if costs < cost:
+                steps = step + 1
         if now - last_save > SAVE_SECONDS:
             state = {
                 "model": model.state_dict(),
@@ -339,6 +364,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--minutes", type=float, help="take fewer steps if those would take longer")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
+    parser.add_argument("--cost", type=float, help="stop when rounding to W3A16 costs less than these points")
     parser.add_argument("--start-from", type=Path, help="a trained folder of this family to go on from")
     parser.add_argument("--lr", dest="peak", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
