@@ -15,20 +15,31 @@
 #define __restrict__
 #define __launch_bounds__(...)
 
-struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 struct Place { unsigned x; };
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-template <class A> static inline A __ldg(const A* address) { return *address; }
 
 static thread_local Place threadIdx, blockIdx, gridDim;
-float partial[1 << 16];
+uint4 shared[1 << 16];
 
 static pthread_barrier_t whole_block, whole_warp[32];
 static void __syncthreads() { pthread_barrier_wait(&whole_block); }
+static void __syncwarp() { pthread_barrier_wait(&whole_warp[threadIdx.x / 32]); }
+static inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+
+static float given[1024];
+static inline float exchanged(float value, unsigned apart) {
+  given[threadIdx.x] = value;
+  __syncwarp();
+  const float other = given[threadIdx.x ^ apart];
+  __syncwarp();
+  return other;
+}
 
 static inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
-static inline uint4 load_once(const uint4* address) { return *address; }
+static inline void copy(uint4* to, const uint4* from) { *to = *from; }
+static inline void commit() {}
+template <int pending> static inline void arrived() {}
 static inline void wait_for_previous_kernel() {}
 
 static inline float to_float(unsigned short bits) {
@@ -43,8 +54,6 @@ static inline float to_float(unsigned short bits) {
   return (float)value;
 #endif
 }
-
-static inline float byte_to_float(unsigned bytes, int i) { return (float)(bytes >> 8 * i & 255u); }
 
 static inline unsigned short from_float(float value) {
   unsigned short bits;

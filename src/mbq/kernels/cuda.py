@@ -12,7 +12,7 @@ With 3 bits the three words of a row and lane are, a half of 16 bits:
     word 1   bits 0-2 pair 5 | ...                                   | 12-14 pair 9 | 15 bit 1 of pair 15
     word 2   bits 0-2 pair 10 | ...                                  | 12-14 pair 14 | 15 bit 2 of pair 15
 
-Scales and zeros of a unit are [groups, g, 4 rows]: a lane reads those of its four rows at once.
+Scales and zeros of a unit are [groups, g, 4 rows, 2], in the dtype of the scales: a lane reads those of its rows at once.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ import torch.nn.functional as F
 from mbq.errors import MBQError
 from mbq.kernels import compiled
 from mbq.kernels.packed import PackedWeight, unpack_weight
-from mbq.scheme import Scheme
+from mbq.scheme import Scheme, WeightScheme
 
-TILE, UNIT, WARPS = 32, 128, 16
-TILES_A_BLOCK = 16  # at most, so that a warp's run of units meets two tiles and no more
+TILE, UNIT = 32, 128
 GROUPS = (32, 64, 128, None)
 DECODE_ROWS = 16  # more rows of x go through a dense weight
 
@@ -56,23 +55,23 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
     if shape[1] % 8:
         return f"it needs a multiple of 8 inputs, not {shape[1]}"
     try:
-        _function("linear", _options(scheme, dtype, 8, shape[1]), device.index or 0)
+        _function("linear", _options(scheme, dtype, 8, shape[1], device.index or 0), device.index or 0)
     except compiled.CompilationError as error:
         return str(error)
     return None
 
 
 def prepare(weight: PackedWeight) -> PackedWeight:
-    """Words [tiles, units, bits, 32, 4], scales and zeros (bytes) [tiles, units, groups a unit, 8, 4].
+    """Words [tiles, units, bits, 32, 4]; scales beside zeros [tiles, units, groups a unit, 8, 4, 2], or [tiles, 8, 4, 2].
 
-    With one scale a row, scales and zeros are [tiles, 8, 4].
+    The latter with one scale a row. ``zero_point`` is None then, also where the scheme has zero points.
     """
     q, bits, size = unpack_weight(weight), weight.scheme.weights.bits, weight.scheme.weights.group_size
     codes = q.codes if q.zero_point is not None else q.codes.to(torch.int16) + 2 ** (bits - 1)
     words = pack_units(codes.to(torch.uint8), bits)
     zero = torch.full_like(q.scale, 2 ** (bits - 1)) if q.zero_point is None else q.zero_point
-    scale, zero = (_in_units(each, size) for each in (q.scale, zero.to(torch.uint8)))
-    return PackedWeight(words, scale, zero, weight.shape, weight.scheme)
+    scale, zero = (_in_units(each, size) for each in (q.scale, zero.to(q.scale.dtype)))
+    return PackedWeight(words, torch.stack([scale, zero], dim=-1), None, weight.shape, weight.scheme)
 
 
 def pack_units(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -121,16 +120,18 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         raise MBQError(f"The bias is {bias.dtype} and x is {x.dtype}; load the model with one dtype.")
     tiles, units = weight.words.shape[:2]
     index = x.device.index or 0
-    blocks = max(min(_processors(index), tiles), -(-tiles // TILES_A_BLOCK))
-    function = _function("linear", _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs), index)
+    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs, index)
+    warps = dict(options)["WARPS"]
+    blocks = max(min(_processors(index), tiles), -(-tiles // warps))  # a warp's run of units meets two tiles at most
+    function = _function("linear", options, index)
     arguments = [
         ctypes.c_void_p(x.data_ptr()),
-        _Weight(weight.words.data_ptr(), weight.scale.data_ptr(), _zeros(weight).data_ptr()),
+        _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         ctypes.c_void_p(y.data_ptr()),
-        *(ctypes.c_int(each) for each in (rows, outputs, inputs, tiles, units)),
+        *(ctypes.c_uint(each) for each in (rows, outputs, inputs, tiles, units)),
     ]
-    function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
+    function.launch(x.device, blocks, 32 * warps, arguments, early=_architecture(index) >= 90)
     return y
 
 
@@ -139,45 +140,58 @@ def dense(weight: PackedWeight) -> torch.Tensor:
     (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
     device = weight.words.device
     y = torch.empty(outputs, inputs, dtype=weight.scale.dtype, device=device)
-    function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs), device.index or 0)
+    function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs, device.index or 0), device.index or 0)
     arguments = [
-        _Weight(weight.words.data_ptr(), weight.scale.data_ptr(), _zeros(weight).data_ptr()),
+        _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(y.data_ptr()),
-        *(ctypes.c_int(each) for each in (outputs, inputs, tiles, units)),
+        *(ctypes.c_uint(each) for each in (outputs, inputs, tiles, units)),
     ]
     function.launch(device, -(-tiles * units // 8), 256, arguments)
     return y
 
 
 class _Weight(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "scales", "zeros")]
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "sets")]
 
 
-def _zeros(weight: PackedWeight) -> torch.Tensor:
-    assert weight.zero_point is not None  # prepare() writes the symmetric ones down
-    return weight.zero_point
-
-
-def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
+def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int, index: int) -> tuple[tuple[str, int], ...]:
     """The macros of ``decode.cu``."""
-    bits = scheme.weights.bits
     return (
-        ("BITS", bits),
+        ("BITS", scheme.weights.bits),
         ("GROUP", scheme.weights.group_size or 0),
         ("BF16", int(dtype == torch.bfloat16)),
         ("COLUMNS", columns),
-        ("WARPS", WARPS),
-        ("DEPTH", 1 if bits == 8 else 3 if columns == 8 else 2),
         ("EXACT", int(inputs % UNIT == 0)),
+        *plan(scheme.weights, columns, _shared_bytes(index)),
     )
+
+
+def plan(scheme: WeightScheme, columns: int, limit: int) -> tuple[tuple[str, int], ...]:
+    """Warps a block and stages a warp: the most that registers (65,536) and ``limit`` bytes of shared memory allow."""
+    for warps in (20, 16, 12, 8, 4) if columns == 8 else (16, 12, 8, 4):
+        for stages in (4, 3, 2):
+            if shared_bytes(scheme.bits, scheme.group_size or 0, columns, warps, stages) <= limit:
+                return ("WARPS", warps), ("STAGES", stages)
+    raise compiled.CompilationError(f"its shared memory of {limit} bytes is too small")
+
+
+def shared_bytes(bits: int, group: int, columns: int, warps: int, stages: int) -> int:
+    """What a block of ``linear`` needs: its warps' stages of a unit and of its sets, and their partial sums."""
+    unit = 16 * (32 * bits + 8 * (UNIT // group if group else 1))
+    return warps * (stages * unit + 4 * (2 * columns * TILE + 2))
 
 
 @cache
 def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
     source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
     library = compiled.library(source, "decode.cu", _architecture(index), options)
-    shared = WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
-    return compiled.Function(library, name, shared)
+    needs = [dict(options)[each] for each in ("BITS", "GROUP", "COLUMNS", "WARPS", "STAGES")]
+    return compiled.Function(library, name, shared_bytes(*needs) if name == "linear" else 0)
+
+
+@cache
+def _shared_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
 @cache
