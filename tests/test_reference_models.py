@@ -106,8 +106,12 @@ def test_the_stored_results_are_of_the_committed_models_and_of_enough_questions(
     assert min(len(right) for right in float_results.correct.values()) >= 2000
     for path in (STORED / family).glob("*.json"):
         assert Results.load(path).recipe["weights"] == weights
-    cost = Results.load(STORED / family / "W3A16-rtn-0.json").minus(float_results, IMAGE_TASKS)
-    assert -0.25 < cost.low < cost.high < -0.05
+    cost = {
+        scheme: Results.load(STORED / family / f"{scheme}-rtn-0.json").minus(float_results, IMAGE_TASKS)
+        for scheme in ("W3A16", "W4A8")
+    }
+    assert -0.25 < cost["W3A16"].low < cost["W3A16"].high < -0.05
+    assert cost["W4A8"].high < -0.02
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -66,12 +66,29 @@ def test_the_contents_of_cells_are_those_of_their_scenes():
     assert torch.equal(plate.reshape(50, 4, 4), torch.stack([nothing, scenes.base, scenes.pattern, number], dim=-1))
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LOOK", dict.fromkeys(training.LOOK, 4))
     monkeypatch.setattr(training, "LEARN", dict.fromkeys(training.LEARN, 4))
     monkeypatch.setattr(training, "CAPTION", {"caption": 2})
     monkeypatch.setattr(training, "CHUNK", 2)
     monkeypatch.setattr(training, "SEE_STEPS", 1)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_run_stops_where_rounding_costs_what_it_should(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Looked at only while the learning rate falls: the last 40 % of 10 steps."""
+    monkeypatch.setattr(training, "COST_STEPS", 1)
+    looks = iter([(50.0, 9.0), (98.0, 25.0), (98.0, 22.0)])
+    monkeypatch.setattr(training, "rounding_cost", lambda *args: next(looks))
+    training.train("qwen2_vl", tmp_path / "model", 10, device=CPU, cost=23.0)
+    log = [json.loads(line) for line in (tmp_path / "model" / "training_log.jsonl").read_text().splitlines()]
+    assert [(entry["step"], entry["cost"]) for entry in log if "cost" in entry] == [(7, 9.0), (8, 25.0), (9, 22.0)]
+    assert {entry["step"] for entry in log if "scheme" in entry} == {9}
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(training, "write_checkpoint", cut_off_at(3, training.write_checkpoint))
     output = tmp_path / "model"

@@ -78,7 +78,7 @@ CHUNK = 32  # batches made at once
 SAVE_SECONDS = 60.0
 LINE_SECONDS, LINE_STEPS = 20.0, 20  # a line of progress takes both; on a CPU a step is seconds
 SEE_STEPS, SEE_RATE = 800, 1e-3
-COST_STEPS = 200  # between two looks at what rounding costs
+COST_STEPS, KNOWS = 200, 97.0  # steps between two looks at what rounding costs; what a model has to know, in percent
 IMAGE_TASKS = tuple(task.name for task in TASKS.values() if task.needs_image)
 
 
@@ -181,11 +181,11 @@ def image_mean(scores: dict[str, float]) -> float:
     return sum(scores[task] for task in IMAGE_TASKS) / len(IMAGE_TASKS)
 
 
-def rounding_cost(model: Any, fast: nn.Module, makers: Iterable[BatchMaker]) -> float:
-    """Points that rounding to nearest at W3A16 takes off the mean of the image tasks."""
-    before = image_mean(accuracy(fast, makers, 4))
+def rounding_cost(model: Any, fast: nn.Module, makers: Iterable[BatchMaker]) -> tuple[float, float]:
+    """The mean of the image tasks, and the points that rounding to nearest at W3A16 takes off it."""
+    mean = image_mean(accuracy(fast, makers, 4))
     with rounded(model, SCHEMES["W3A16"]):
-        return round(before - image_mean(accuracy(fast, makers, 4)), 2)
+        return round(mean, 2), round(mean - image_mean(accuracy(fast, makers, 4)), 2)
 
 
 def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator) -> float:
@@ -256,8 +256,9 @@ def train(
 ) -> None:
     """Train ``family`` and write the folder ``output``.
 
-    It takes fewer steps if all would take more than ``minutes``, and stops while the learning rate falls once rounding
-    to W3A16 costs less than ``cost`` points: the surer a model knows its facts, the less rounding takes from it.
+    It takes fewer steps if all would take more than ``minutes``. With ``cost`` it stops, while the learning rate falls,
+    once the model is right in KNOWS percent of the image tasks and rounding to W3A16 costs fewer than ``cost`` points:
+    the surer a model is of its facts, the less rounding takes from it.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
@@ -321,10 +322,10 @@ def train(
             stream.advance(scores, step / steps)
             losses, last_line = [], time.monotonic()
         if cost and step >= (1 - decay) * steps and step % COST_STEPS == 0:
-            costs = rounding_cost(model, fast, makers)
-            log(step=step + 1, seconds=round(now - start + before, 1), cost=costs)
-            print(f"{family} step {step + 1}: rounding to W3A16 costs {costs} points", flush=True)
-            if costs < cost:
+            mean, costs = rounding_cost(model, fast, makers)
+            log(step=step + 1, seconds=round(seconds, 1), mean=mean, cost=costs)
+            print(f"{family} step {step + 1}: rounding to W3A16 takes {costs} points off {mean} %", flush=True)
+            if mean >= KNOWS and costs < cost:
                 steps = step + 1
         if now - last_save > SAVE_SECONDS:
             state = {
@@ -364,7 +365,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--minutes", type=float, help="take fewer steps if those would take longer")
     parser.add_argument("--decay", type=float, default=0.4, help="share of the steps over which the rate falls")
-    parser.add_argument("--cost", type=float, help="stop when rounding to W3A16 costs less than these points")
+    parser.add_argument("--cost", type=float, help="stop when rounding to W3A16 costs fewer points")
     parser.add_argument("--start-from", type=Path, help="a trained folder of this family to go on from")
     parser.add_argument("--lr", dest="peak", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
