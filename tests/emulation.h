@@ -20,26 +20,16 @@ struct Place { unsigned x; };
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 static thread_local Place threadIdx, blockIdx, gridDim;
-uint4 shared[1 << 16];
+float partial[1 << 16];
 
 static pthread_barrier_t whole_block, whole_warp[32];
 static void __syncthreads() { pthread_barrier_wait(&whole_block); }
-static void __syncwarp() { pthread_barrier_wait(&whole_warp[threadIdx.x / 32]); }
 static inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
-
-static float given[1024];
-static inline float exchanged(float value, unsigned apart) {
-  given[threadIdx.x] = value;
-  __syncwarp();
-  const float other = given[threadIdx.x ^ apart];
-  __syncwarp();
-  return other;
-}
+static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
+template <class A> static inline A __ldg(const A* address) { return *address; }
 
 static inline unsigned and_or(unsigned a, unsigned b, unsigned c) { return (a & b) | c; }
-static inline void copy(uint4* to, const uint4* from) { *to = *from; }
-static inline void commit() {}
-template <int pending> static inline void arrived() {}
+static inline uint4 load_once(const uint4* address) { return *address; }
 static inline void wait_for_previous_kernel() {}
 
 static inline float to_float(unsigned short bits) {
@@ -104,8 +94,8 @@ template <class Body> static void run_blocks(unsigned blocks, unsigned threads, 
 
 #include "decode.cu"
 
-extern "C" void run_linear(int blocks, const T* x, Weight weight, const T* bias, T* y, int rows, int outputs, int inputs, int tiles, int units) {
-  run_blocks(blocks, WARPS * 32, [=] { linear(x, weight, bias, y, rows, outputs, inputs, tiles, units); });
+extern "C" void run_linear(int blocks, const T* x, Weight weight, const T* bias, T* y, unsigned rows, unsigned outputs, unsigned inputs, Plan plan) {
+  run_blocks(blocks, WARPS * 32, [=] { linear(x, weight, bias, y, rows, outputs, inputs, plan); });
 }
 
 extern "C" void run_dense(int blocks, Weight weight, T* y, int outputs, int inputs, int tiles, int units) {

@@ -100,13 +100,17 @@ def codes_as_the_kernel_reads_them(words: torch.Tensor, bits: int, mantissa: int
     tiles, units = words.shape[:2]
     per_word, in_place = 16 // bits, (mantissa - bits) // bits + 1
     codes = torch.zeros(tiles, 4, 8, units, 4, 4, 4, 2, dtype=torch.int64)  # tile, row, g, unit, run, t, p, odd
-    for q in range(16):
-        if bits == 3 and q == 15:
-            pair, bit = sum((words[:, :, j] >> 15 - j) & (0x10001 << j) for j in range(3)), 0
+    read_at = [slot % per_word % in_place * bits for slot in range(16)]
+    if bits == 3:
+        read_at[15] = 6 if mantissa == 10 else 0
+    for q, slot in enumerate(sorted(range(16), key=read_at.__getitem__)):
+        bit = read_at[slot]
+        assert bit + bits <= mantissa
+        if bits == 3 and slot == 15:
+            pair = sum((words[:, :, j] >> 15 - j - bit) & (0x10001 << j + bit) for j in range(3))
         else:
-            shift, bit = q % per_word // in_place * in_place * bits, q % per_word % in_place * bits
-            pair = (words[:, :, q // per_word] >> shift) & ((2**bits - 1) * 0x10001 << bit)
-            assert bit + bits <= mantissa
+            shift = slot % per_word // in_place * in_place * bits
+            pair = (words[:, :, slot // per_word] >> shift) & ((2**bits - 1) * 0x10001 << bit)
         for odd in range(2):
             code = (pair >> 16 * odd & 0xFFFF) >> bit  # [tile, unit, lane, row]
             codes[:, :, :, :, q // 4, :, q % 4, odd] = code.view(tiles, units, 8, 4, 4).permute(0, 4, 2, 1, 3)
@@ -116,7 +120,7 @@ def codes_as_the_kernel_reads_them(words: torch.Tensor, bits: int, mantissa: int
 @pytest.mark.parametrize(("bits", "mantissa"), [(2, 10), (2, 7), (3, 10), (3, 7), (4, 10), (4, 7), (8, 10)])
 def test_the_packed_words_are_read_back(bits: int, mantissa: int) -> None:
     codes = torch.randint(2**bits, (45, 300), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    words = cuda.pack_units(codes, bits)
+    words = cuda.pack_units(codes, bits, torch.float16 if mantissa == 10 else torch.bfloat16)
     assert words.shape == (2, 3, bits, 32, 4)
     read = codes_as_the_kernel_reads_them(words, bits, mantissa)
     assert torch.equal(read[:45, :300], codes.long())
@@ -133,21 +137,6 @@ def test_scales_lie_beside_their_units(group_size: int | None) -> None:
             at = (row // 32, unit, place, row % 8, row % 32 // 8) if group_size else (row // 32, row % 8, row % 32 // 8)
             group = unit * 128 // group_size + place if group_size else 0
             assert made.scale[at].tolist() == [q.scale[row, group], q.zero_point[row, group]]
-
-
-def macros(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int, limit: int = 64 * 2**10) -> dict[str, int]:
-    """What decode.cu is compiled with on a GPU whose blocks have ``limit`` bytes of shared memory."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_shared_bytes", lambda index: limit)
-        return dict(cuda._options(scheme, dtype, columns, inputs, 0))
-
-
-@pytest.mark.parametrize(("bits", "group_size", "columns"), [(3, 128, 8), (3, 128, 16), (8, 32, 16), (2, None, 8)])
-def test_a_block_fits_the_shared_memory_of_every_gpu(bits: int, group_size: int | None, columns: int) -> None:
-    for limit in (64 * 2**10, 99 * 2**10, 163 * 2**10, 227 * 2**10):  # sm_75, sm_86, sm_80, sm_90
-        chosen = macros(weight_only(bits, group_size, False), torch.float16, columns, 384, limit)
-        assert chosen["STAGES"] >= 2
-        assert cuda.shared_bytes(bits, group_size or 0, columns, chosen["WARPS"], chosen["STAGES"]) <= limit
 
 
 @pytest.fixture
@@ -171,7 +160,7 @@ def test_the_source_compiles(
     if architecture < 80:
         dtype = torch.float16
     source = Path(cuda.__file__).with_name("decode.cu").read_text()
-    options = macros(weight_only(bits, group_size, False), dtype, columns, 384)
+    options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 384))
     cubin = compiled.cubin_of(source, "decode.cu", architecture, options)
     assert cubin.startswith(b"\x7fELF")
     [kept] = cache.iterdir()
@@ -211,13 +200,14 @@ def test_the_source_multiplies_on_the_cpu(
     q, packed = random_weight(scheme, outputs, inputs, dtype)
     weight = cuda.prepare(packed)
     tiles, units = weight.words.shape[:2]
-    library = emulated(tmp_path, {**macros(scheme, dtype, 8 if rows <= 8 else 16, inputs), "WARPS": 2})
+    library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs)), "WARPS": 2})
     pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr())
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
     for blocks in (1, 2, 3):
         y = torch.full((rows + 1, outputs), 7.0).to(dtype)
         library.run_linear(
-            *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs, tiles, units)
+            *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs),
+            cuda.plan(tiles, units, blocks, rows),
         )
         check_result(y[:rows], q, x, bias)
         assert (y[rows] == 7).all()

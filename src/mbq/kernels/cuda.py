@@ -6,11 +6,14 @@ The words of a unit, 32 rows x 128 inputs, lie in the order in which its 32 lane
     lane      4g + t: rows g, g + 8, g + 16, g + 24; of each of the unit's 4 runs of 32 inputs, inputs 8t .. 8t + 7
     row       16 pairs of codes of a lane, pair q = 4 run + p: inputs 32 run + 8t + 2p (low half) and + 1 (high half)
 
-With 3 bits the three words of a row and lane are, a half of 16 bits:
+With 3 bits the three words of a row and lane have 16 slots, a half of 16 bits:
 
-    word 0   bits 0-2 pair 0 | 3-5 pair 1 | 6-8 pair 2 | 9-11 pair 3 | 12-14 pair 4 | 15 bit 0 of pair 15
-    word 1   bits 0-2 pair 5 | ...                                   | 12-14 pair 9 | 15 bit 1 of pair 15
-    word 2   bits 0-2 pair 10 | ...                                  | 12-14 pair 14 | 15 bit 2 of pair 15
+    word 0   bits 0-2 slot 0 | 3-5 slot 1 | 6-8 slot 2 | 9-11 slot 3 | 12-14 slot 4 | 15 bit 0 of slot 15
+    word 1   bits 0-2 slot 5 | ...                                   | 12-14 slot 9 | 15 bit 1 of slot 15
+    word 2   bits 0-2 slot 10 | ...                                  | 12-14 slot 14 | 15 bit 2 of slot 15
+
+Where in the mantissa a slot is read depends on the type (``slots``); pairs fill the slots in the order of that bit, so
+that the two pairs of an mma step are read at one bit. For float16: slots 0 3 5 8 10 13, 1 4 6 9 11 14, 2 7 12 15.
 
 Scales and zeros of a unit are [groups, g, 4 rows, 2], in the dtype of the scales: a lane reads those of its rows at once.
 """
@@ -27,9 +30,9 @@ import torch.nn.functional as F
 from mbq.errors import MBQError
 from mbq.kernels import compiled
 from mbq.kernels.packed import PackedWeight, unpack_weight
-from mbq.scheme import Scheme, WeightScheme
+from mbq.scheme import Scheme
 
-TILE, UNIT = 32, 128
+TILE, UNIT, WARPS = 32, 128, 16
 GROUPS = (32, 64, 128, None)
 DECODE_ROWS = 16  # more rows of x go through a dense weight
 
@@ -55,7 +58,7 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
     if shape[1] % 8:
         return f"it needs a multiple of 8 inputs, not {shape[1]}"
     try:
-        _function("linear", _options(scheme, dtype, 8, shape[1], device.index or 0), device.index or 0)
+        _function("linear", _options(scheme, dtype, 8, shape[1]), device.index or 0)
     except compiled.CompilationError as error:
         return str(error)
     return None
@@ -68,13 +71,23 @@ def prepare(weight: PackedWeight) -> PackedWeight:
     """
     q, bits, size = unpack_weight(weight), weight.scheme.weights.bits, weight.scheme.weights.group_size
     codes = q.codes if q.zero_point is not None else q.codes.to(torch.int16) + 2 ** (bits - 1)
-    words = pack_units(codes.to(torch.uint8), bits)
+    words = pack_units(codes.to(torch.uint8), bits, q.scale.dtype)
     zero = torch.full_like(q.scale, 2 ** (bits - 1)) if q.zero_point is None else q.zero_point
     scale, zero = (_in_units(each, size) for each in (q.scale, zero.to(q.scale.dtype)))
     return PackedWeight(words, torch.stack([scale, zero], dim=-1), None, weight.shape, weight.scheme)
 
 
-def pack_units(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def slots(bits: int, dtype: torch.dtype) -> list[int]:
+    """The slot of each of a lane's 16 pairs: by the bit of the mantissa of ``dtype`` where the slot is read."""
+    mantissa = 7 if dtype == torch.bfloat16 else 10
+    per_word, in_place = 16 // bits, (mantissa - bits) // bits + 1
+    read_at = [slot % per_word % in_place * bits for slot in range(16)]
+    if bits == 3:
+        read_at[15] = 0 if dtype == torch.bfloat16 else 6
+    return sorted(range(16), key=lambda slot: (read_at[slot], slot))
+
+
+def pack_units(codes: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """uint8 codes [outputs, inputs] to int32 words [tiles, units, bits, 32, 4]; what is added to fill units is 0."""
     outputs, inputs = codes.shape
     codes = F.pad(codes, (0, -inputs % UNIT, 0, -outputs % TILE))
@@ -85,13 +98,13 @@ def pack_units(codes: torch.Tensor, bits: int) -> torch.Tensor:
     )
     halves = torch.zeros(tiles, units, bits, 32, 4, 2, dtype=torch.int32, device=codes.device)
     per_word = 16 // bits
-    for q in range(16):
+    for q, slot in enumerate(slots(bits, dtype)):
         code = pairs[..., q, :].to(torch.int32)
-        if bits == 3 and q == 15:
+        if bits == 3 and slot == 15:
             for bit in range(3):
                 halves[:, :, bit] |= (code >> bit & 1) << 15
         else:
-            halves[:, :, q // per_word] |= code << q % per_word * bits
+            halves[:, :, slot // per_word] |= code << slot % per_word * bits
     return halves[..., 0] | halves[..., 1] << 16
 
 
@@ -120,18 +133,18 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         raise MBQError(f"The bias is {bias.dtype} and x is {x.dtype}; load the model with one dtype.")
     tiles, units = weight.words.shape[:2]
     index = x.device.index or 0
-    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs, index)
-    warps = dict(options)["WARPS"]
-    blocks = max(min(_processors(index), tiles), -(-tiles // warps))  # a warp's run of units meets two tiles at most
+    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs)
+    blocks = max(min(_processors(index), tiles), -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
     function = _function("linear", options, index)
     arguments = [
         ctypes.c_void_p(x.data_ptr()),
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         ctypes.c_void_p(y.data_ptr()),
-        *(ctypes.c_uint(each) for each in (rows, outputs, inputs, tiles, units)),
+        *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
+        plan(tiles, units, blocks, rows),
     ]
-    function.launch(x.device, blocks, 32 * warps, arguments, early=_architecture(index) >= 90)
+    function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
     return y
 
 
@@ -140,7 +153,7 @@ def dense(weight: PackedWeight) -> torch.Tensor:
     (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
     device = weight.words.device
     y = torch.empty(outputs, inputs, dtype=weight.scale.dtype, device=device)
-    function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs, device.index or 0), device.index or 0)
+    function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs), device.index or 0)
     arguments = [
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(y.data_ptr()),
@@ -154,44 +167,34 @@ class _Weight(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("words", "sets")]
 
 
-def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int, index: int) -> tuple[tuple[str, int], ...]:
+class _Plan(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint) for name in ("units", "tiles", "more", "inverse", "log_rows")]
+
+
+def plan(tiles: int, units: int, blocks: int, rows: int) -> _Plan:
+    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for all units of 16 tiles of 2 million inputs."""
+    return _Plan(units, tiles // blocks, tiles % blocks, 2**32 // units + 1, (rows - 1).bit_length())
+
+
+def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
     """The macros of ``decode.cu``."""
+    bits = scheme.weights.bits
     return (
-        ("BITS", scheme.weights.bits),
+        ("BITS", bits),
         ("GROUP", scheme.weights.group_size or 0),
         ("BF16", int(dtype == torch.bfloat16)),
         ("COLUMNS", columns),
+        ("WARPS", WARPS),
+        ("DEPTH", 1 if bits == 8 else 2),
         ("EXACT", int(inputs % UNIT == 0)),
-        *plan(scheme.weights, columns, _shared_bytes(index)),
     )
-
-
-def plan(scheme: WeightScheme, columns: int, limit: int) -> tuple[tuple[str, int], ...]:
-    """Warps a block and stages a warp: the most that registers (65,536) and ``limit`` bytes of shared memory allow."""
-    for warps in (20, 16, 12, 8, 4) if columns == 8 else (16, 12, 8, 4):
-        for stages in (4, 3, 2):
-            if shared_bytes(scheme.bits, scheme.group_size or 0, columns, warps, stages) <= limit:
-                return ("WARPS", warps), ("STAGES", stages)
-    raise compiled.CompilationError(f"its shared memory of {limit} bytes is too small")
-
-
-def shared_bytes(bits: int, group: int, columns: int, warps: int, stages: int) -> int:
-    """What a block of ``linear`` needs: its warps' stages of a unit and of its sets, and their partial sums."""
-    unit = 16 * (32 * bits + 8 * (UNIT // group if group else 1))
-    return warps * (stages * unit + 4 * (2 * columns * TILE + 2))
 
 
 @cache
 def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
     source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
     library = compiled.library(source, "decode.cu", _architecture(index), options)
-    needs = [dict(options)[each] for each in ("BITS", "GROUP", "COLUMNS", "WARPS", "STAGES")]
-    return compiled.Function(library, name, shared_bytes(*needs) if name == "linear" else 0)
-
-
-@cache
-def _shared_bytes(index: int) -> int:
-    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+    return compiled.Function(library, name, WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0)
 
 
 @cache

@@ -8,7 +8,7 @@
 //   BF16     1: x, scale, bias and y are bfloat16; 0: float16
 //   COLUMNS  8 or 16: the most rows of x (the columns of the mma)
 //   WARPS    warps a block
-//   STAGES   units a warp has room for in shared memory
+//   DEPTH    units a warp has in flight
 //   EXACT    1: inputs are a multiple of 128
 //
 // Decode reads every weight once, so time is bytes over bandwidth, unless the instructions that turn codes into floats
@@ -21,17 +21,14 @@
 //   under the exponent for which bit j counts 1. The float is 2^(MANTISSA - j) + code. Half of the time no shift is needed.
 // - Nobody subtracts that offset, or the zero, from every weight. For a group
 //       sum x (code - zero) = sum x (offset + code) - (sum x offset + zero * sum x)
-//   and the two sums on the right are one more mma, whose rows 0-7 are ones and rows 8-15 the offsets.
+//   and the sums of x, one for each offset, are one more mma, by a matrix of ones.
 //
-// What is left is latency, so:
-//
-// - A warp copies what it will need, STAGES - 1 units ahead, to shared memory that only it reads: no registers wait, no
-//   barrier, and as many warps fit as registers allow. The first copies are under way before the previous kernel's end is
-//   waited for (programmatic dependent launch).
 // - Columns of the mma that hold no row of x repeat the last one; what they give is not stored.
 //
 // A block owns consecutive tiles of 32 rows, its warps equal runs of the tiles' units, which are consecutive in memory.
 // A run meets two tiles at most; partial sums meet in shared memory once, at the end, and are added in a fixed order.
+// The weights of the first units are loaded before the previous kernel's end is waited for (programmatic dependent launch).
+// A small layer takes a few microseconds, of which an integer division is a twentieth: the host divides.
 
 typedef unsigned int u32;
 typedef unsigned short T;  // the bits of a float16 or bfloat16
@@ -96,29 +93,11 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 #endif
 }
 
-// 16 bytes to shared memory; a group of such copies ends with commit().
-__device__ __forceinline__ void copy(uint4* to, const uint4* from) {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-#else
-  *to = *from;
-#endif
+__device__ __forceinline__ uint4 load_once(const uint4* address) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+  return v;
 }
-
-__device__ __forceinline__ void commit() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Until all but the last ``pending`` groups have arrived.
-template <int pending> __device__ __forceinline__ void arrived() {
-#if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
-#endif
-}
-
-__device__ __forceinline__ float exchanged(float value, u32 apart) { return __shfl_xor_sync(0xFFFFFFFFu, value, apart); }
 
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
@@ -128,48 +107,73 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 }
 #endif
 
-// How many lanes add up one output, when a block has ``columns`` times 32 of them: a power of two.
-__device__ __forceinline__ u32 parts(u32 columns) { return columns >= WARPS ? 1 : columns * 8 >= WARPS ? 4 : 16; }
-
 // ---- where a pair of codes lies --------------------------------------------------------------------------------------
 // Each half of a 32-bit word holds PER_WORD codes, lowest bits first, the even input's in the low half. IN_PLACE of them
-// lie in the mantissa as the word stands; a shift brings the next IN_PLACE there. With 3 bits the 16th pair's three bits
-// are the top bits of the halves of the row's three words.
+// lie in the mantissa as the word stands; a shift brings the next IN_PLACE there. With 3 bits a 16th slot is the top bits of
+// the halves of the row's three words. Pair q lies in the q-th slot by the bit where it is read: so that the two pairs of
+// an mma step have one offset.
 constexpr int PER_WORD = 16 / BITS;
 constexpr int IN_PLACE = (MANTISSA - BITS) / BITS + 1;
-__device__ constexpr bool split(int q) { return BITS == 3 && q == 15; }
-__device__ constexpr int word_of(int q) { return q / PER_WORD; }
-__device__ constexpr int shift_of(int q) { return q % PER_WORD / IN_PLACE * IN_PLACE * BITS; }
-__device__ constexpr int bit_of(int q) { return split(q) ? 0 : q % PER_WORD % IN_PLACE * BITS; }
+__device__ constexpr bool split(int slot) { return BITS == 3 && slot == 15; }
+__device__ constexpr int bit_of_slot(int slot) { return split(slot) ? (BF16 ? 0 : 6) : slot % PER_WORD % IN_PLACE * BITS; }
+__device__ constexpr int slot_of(int q) {
+  for (int bit = 0; bit < MANTISSA; bit++)
+    for (int slot = 0; slot < 16; slot++)
+      if (bit_of_slot(slot) == bit && q-- == 0) return slot;
+  return -1;
+}
+__device__ constexpr int bit_of(int q) { return bit_of_slot(slot_of(q)); }
 
 // Pair q of a lane's 16 in one row, as offset + code.
 template <int q> __device__ __forceinline__ u32 pair(const u32 (&w)[BITS]) {
-  constexpr u32 offset = BOTH(EXPONENT(bit_of(q)));
+  constexpr int slot = slot_of(q), bit = bit_of(q), shift = slot % PER_WORD / IN_PLACE * IN_PLACE * BITS;
+  constexpr u32 offset = BOTH(EXPONENT(bit));
 #if BITS == 3
-  if constexpr (split(q)) return and_or(w[2] >> 13, 0x00040004u, and_or(w[1] >> 14, 0x00020002u, and_or(w[0] >> 15, 0x00010001u, offset)));
+  if constexpr (split(slot))
+    return and_or(w[2] >> (13 - bit), BOTH(4u << bit), and_or(w[1] >> (14 - bit), BOTH(2u << bit), and_or(w[0] >> (15 - bit), BOTH(1u << bit), offset)));
 #endif
-  if constexpr (!split(q)) return and_or(w[word_of(q)] >> shift_of(q), BOTH(((1u << BITS) - 1) << bit_of(q)), offset);
+  if constexpr (!split(slot)) return and_or(w[slot / PER_WORD] >> shift, BOTH(((1u << BITS) - 1) << bit), offset);
 }
 
 // ---- products ----------------------------------------------------------------------------------------------------------
-// Mma steps s .. end - 1 of a unit. b[n] are a lane's 32 inputs of one row of x, as 16 pairs.
+// The mma steps of a set that have one offset follow each other. How many offsets a set has, and which is a step's:
+__device__ constexpr int offsets(int set) {
+  int count = 1;
+  for (int s = set * STEPS + 1; s < (set + 1) * STEPS; s++) count += bit_of(2 * s) != bit_of(2 * s - 2);
+  return count;
+}
+__device__ constexpr int offset_of(int s) {
+  int count = 0;
+  for (int other = s / STEPS * STEPS + 1; other <= s; other++) count += bit_of(2 * other) != bit_of(2 * other - 2);
+  return count;
+}
+
+// Step s of a unit, two pairs of inputs. b[n] are a lane's 32 inputs of one row of x, as 16 pairs.
 //   acc   sum x * (offset + code)
-//   sum   c0, c1: sum x of columns 2t, 2t + 1; c2, c3: sum x * offset
-template <int s, int end> struct Steps {
-  static __device__ __forceinline__ void products(float (&acc)[2][NT][4], float (&sum)[NT][4], const u32 (&w)[4][BITS], const u32 (&b)[NT][16]) {
+//   sum   sum x, for each offset by itself: c0, c1 (and c2, c3 again) are those of columns 2t, 2t + 1
+template <int s, int end, int OFFSETS>
+__device__ __forceinline__ void steps(float (&acc)[2][NT][4], float (&sum)[OFFSETS][NT][4], const u32 (&w)[4][BITS], const u32 (&b)[NT][16]) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
-      mma(sum[n], ONE, BOTH(EXPONENT(bit_of(2 * s))), ONE, BOTH(EXPONENT(bit_of(2 * s + 1))), b[n][2 * s], b[n][2 * s + 1]);
+  for (int n = 0; n < NT; n++) mma(sum[offset_of(s)][n], ONE, ONE, ONE, ONE, b[n][2 * s], b[n][2 * s + 1]);
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u32 a0 = pair<2 * s>(w[2 * half]), a1 = pair<2 * s>(w[2 * half + 1]);
-      const u32 a2 = pair<2 * s + 1>(w[2 * half]), a3 = pair<2 * s + 1>(w[2 * half + 1]);
+  for (int half = 0; half < 2; half++) {
+    const u32 a0 = pair<2 * s>(w[2 * half]), a1 = pair<2 * s>(w[2 * half + 1]);
+    const u32 a2 = pair<2 * s + 1>(w[2 * half]), a3 = pair<2 * s + 1>(w[2 * half + 1]);
 #pragma unroll
-      for (int n = 0; n < NT; n++) mma(acc[half][n], a0, a1, a2, a3, b[n][2 * s], b[n][2 * s + 1]);
-    }
-    if constexpr (s + 1 < end) Steps<s + 1, end>::products(acc, sum, w, b);
+    for (int n = 0; n < NT; n++) mma(acc[half][n], a0, a1, a2, a3, b[n][2 * s], b[n][2 * s + 1]);
   }
-};
+  if constexpr (s + 1 < end) steps<s + 1, end>(acc, sum, w, b);
+}
+
+// all += sum x and weighted += sum x * offset, of column e, over the offsets of steps s .. end - 1
+template <int s, int end, int OFFSETS> __device__ __forceinline__ void add_offsets(float& all, float& weighted, const float (&sum)[OFFSETS][NT][4], int n, int e) {
+  if constexpr (s % STEPS == 0 || offset_of(s) != offset_of(s - 1)) {
+    const float x = sum[offset_of(s)][n][e];
+    all += x;
+    weighted = fmaf((float)(1 << (MANTISSA - bit_of(2 * s))), x, weighted);
+  }
+  if constexpr (s + 1 < end) add_offsets<s + 1, end>(all, weighted, sum, n, e);
+}
 
 // ---- a unit ----------------------------------------------------------------------------------------------------------
 struct Weight {
@@ -177,20 +181,41 @@ struct Weight {
   const uint4* sets;   // [tile, unit, set, g]: scale (low half) and zero of rows g, g + 8, g + 16, g + 24; [tile, g] where GROUP is 0
 };
 
-// A unit in shared memory.
+// What a lane loads of a unit.
 struct Unit {
-  uint4 words[BITS][32];
-  uint4 sets[SETS][8];
+  uint4 words[BITS];
+  uint4 sets[SETS];
 };
 
-__device__ __forceinline__ void words_of(u32 (&w)[4][BITS], const uint4* words) {
+// Where a lane reads. Units are consecutive, so that what is some units ahead is at a constant offset.
+struct Cursor {
+  const uint4* words;
+  const uint4* sets;
+
+  // at "unit" of all units, which is of tile "tile"
+  __device__ __forceinline__ Cursor(const Weight& weight, size_t unit, size_t tile, u32 lane)
+      : words(weight.words + unit * (BITS * 32) + lane), sets(weight.sets + (GROUP ? unit * SETS : tile) * 8 + (lane >> 2)) {}
+
+  __device__ __forceinline__ void load(Unit& into, int ahead, bool next_tile) const {
+#pragma unroll
+    for (int j = 0; j < BITS; j++) into.words[j] = load_once(words + (ahead * BITS + j) * 32);
+#pragma unroll
+    for (int s = 0; s < SETS; s++) into.sets[s] = __ldg(sets + (GROUP ? ahead * SETS + s : next_tile) * 8);
+  }
+
+  __device__ __forceinline__ void advance(int by) {
+    words += by * (BITS * 32);
+    if (GROUP) sets += by * (SETS * 8);
+  }
+};
+
+__device__ __forceinline__ void words_of(u32 (&w)[4][BITS], const Unit& unit) {
 #pragma unroll
   for (int j = 0; j < BITS; j++) {
-    const uint4 v = words[j * 32];
-    w[0][j] = v.x;
-    w[1][j] = v.y;
-    w[2][j] = v.z;
-    w[3][j] = v.w;
+    w[0][j] = unit.words[j].x;
+    w[1][j] = unit.words[j].y;
+    w[2][j] = unit.words[j].z;
+    w[3][j] = unit.words[j].w;
   }
 }
 
@@ -204,61 +229,55 @@ __device__ __forceinline__ void set_of(float (&scale)[4], float (&zero)[4], uint
 }
 
 // y += the unit's products with b
-template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4], const u32 (&w)[4][BITS], const Unit& unit, int g, const u32 (&b)[NT][16]) {
-  float sum[NT][4] = {}, acc[2][NT][4] = {}, scale[4], zero[4];
-  Steps<set * STEPS, set * STEPS + STEPS>::products(acc, sum, w, b);
-  set_of(scale, zero, unit.sets[set][g]);
+template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4], const u32 (&w)[4][BITS], const Unit& unit, const u32 (&b)[NT][16]) {
+  float sum[offsets(set)][NT][4] = {}, acc[2][NT][4] = {}, scale[4], zero[4];
+  steps<set * STEPS, set * STEPS + STEPS>(acc, sum, w, b);
+  set_of(scale, zero, unit.sets[set]);
 #pragma unroll
-  for (int half = 0; half < 2; half++)
+  for (int n = 0; n < NT; n++)
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int e = 0; e < 2; e++) {
+      float all = 0.f, weighted = 0.f;
+      add_offsets<set * STEPS, set * STEPS + STEPS>(all, weighted, sum, n, e);
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int row = 2 * half + (e >> 1);
-        const float bracket = fmaf(zero[row], sum[n][e & 1], sum[n][2 + (e & 1)]);
-        y[half][n][e] = fmaf(scale[row], acc[half][n][e] - bracket, y[half][n][e]);
+      for (int i = 0; i < 4; i++) {  // rows g + 8i
+        float& total = y[i / 2][n][i % 2 * 2 + e];
+        total = fmaf(scale[i], acc[i / 2][n][i % 2 * 2 + e] - fmaf(zero[i], all, weighted), total);
       }
-  if constexpr (set + 1 < SETS) multiply<set + 1>(y, w, unit, g, b);
+    }
+  if constexpr (set + 1 < SETS) multiply<set + 1>(y, w, unit, b);
 }
 
-// x [rows, inputs], y [rows, outputs]; tiles of 32 outputs, units of 128 inputs, both rounded up.
-extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __restrict__ y, u32 rows, u32 outputs, u32 inputs, u32 tiles, u32 units) {
-  extern __shared__ uint4 shared[];
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const u32 first_tile = tiles * blockIdx.x / gridDim.x, own_tiles = tiles * (blockIdx.x + 1) / gridDim.x - first_tile;
-  const u32 work = own_tiles * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
-  Unit* const ring = (Unit*)shared + warp * STAGES;
-  float* const partial = (float*)((Unit*)shared + WARPS * STAGES);  // [warp, first or second tile, row of x] of TILE, and 2 more a warp
-  const u32 stride = 2 * rows * TILE + 2;
+// How the work is divided; the host knows (mbq/kernels/cuda.py).
+struct Plan {
+  u32 units;              // of 128 inputs, rounded up: of a tile
+  u32 tiles, more;        // of 32 outputs: of a block; the first "more" blocks have one more
+  u32 inverse;            // n / units is the high word of n * inverse
+  u32 log_rows;           // 2^log_rows is rows, rounded up
+};
 
-  // The copies run ahead of the products: what is copied next, of which unit of its tile, to which place.
-  const uint4* words = weight.words + (size_t)(first_tile * units + begin) * (BITS * 32) + lane;
-  const u32 first_k = begin % units;
-  const uint4* sets = weight.sets + (GROUP ? (size_t)(first_tile * units + begin) * (SETS * 8) : (size_t)(first_tile + begin / units) * 8) + lane;
-  u32 next = begin, next_k = first_k, next_place = 0;
-  auto copy_next = [&]() {
-    if (next < end) {
+// x [rows, inputs], y [rows, outputs].
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
+linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __restrict__ y, u32 rows, u32 outputs, u32 inputs, Plan plan) {
+  extern __shared__ float partial[];  // [warp, odd or even tile, row of x, row of the tile]
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, units = plan.units;
+  const u32 first_tile = plan.tiles * blockIdx.x + min(blockIdx.x, plan.more), own_tiles = plan.tiles + (blockIdx.x < plan.more);
+  const u32 work = own_tiles * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
+  u32 tile = __umulhi(begin, plan.inverse), k = begin - tile * units;
+
+  Unit queue[DEPTH];
+  Cursor cursor(weight, (size_t)first_tile * units + begin, first_tile + tile, lane);
+  const u32 tile_end = (tile + 1) * units;  // with a scale a row, the next tile's follow from there on
 #pragma unroll
-      for (int j = 0; j < BITS; j++) copy(&ring[next_place].words[j][lane], words + j * 32);
-      if (lane < SETS * 8) copy(&ring[next_place].sets[0][lane], sets);
-      words += BITS * 32;
-      if (GROUP) sets += SETS * 8;
-      else if (++next_k == units) next_k = 0, sets += 8;
-      next++;
-      next_place = next_place + 1 == STAGES ? 0 : next_place + 1;
-    }
-    commit();
-  };
-#pragma unroll
-  for (int stage = 0; stage < STAGES - 1; stage++) copy_next();
+  for (int d = 0; d < DEPTH; d++)
+    if (begin + d < end) cursor.load(queue[d], d, begin + d >= tile_end);
+  cursor.advance(DEPTH);
   wait_for_previous_kernel();
 
   const T* own_x[NT];  // a lane's inputs of the rows that are its columns
 #pragma unroll
   for (int n = 0; n < NT; n++) own_x[n] = x + (size_t)min(n * 8 + g, rows - 1) * inputs + 8 * t;
   float sum[2][NT][4] = {};
-  u32 k = first_k, slot = 0, place = 0;
   auto put_down = [&]() {
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -267,51 +286,54 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
         const u32 column = n * 8 + 2 * t + (e & 1);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          if (column < rows) partial[warp * stride + (slot * rows + column) * TILE + half * 16 + (e >> 1) * 8 + g] = sum[half][n][e];
+          if (column < rows) partial[((warp * 2 + (tile & 1)) * rows + column) * TILE + half * 16 + (e >> 1) * 8 + g] = sum[half][n][e];
           sum[half][n][e] = 0.f;
         }
       }
   };
 #pragma unroll 1
-  for (u32 unit = begin; unit < end; unit++) {
-    u32 b[NT][16], w[4][BITS];
+  for (u32 first = begin; first < end; first += DEPTH) {
 #pragma unroll
-    for (int n = 0; n < NT; n++)
+    for (int d = 0; d < DEPTH; d++) {
+      const u32 unit = first + d;
+      if (unit >= end) break;
+      u32 b[NT][16], w[4][BITS];
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        uint4 v = make_uint4(0, 0, 0, 0);
-        if (EXACT || k * UNIT + 32 * c + 8 * t < inputs) v = *(const uint4*)(own_x[n] + k * UNIT + 32 * c);
-        b[n][4 * c] = v.x;
-        b[n][4 * c + 1] = v.y;
-        b[n][4 * c + 2] = v.z;
-        b[n][4 * c + 3] = v.w;
+      for (int n = 0; n < NT; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (EXACT || k * UNIT + 32 * c + 8 * t < inputs) v = *(const uint4*)(own_x[n] + k * UNIT + 32 * c);
+          b[n][4 * c] = v.x;
+          b[n][4 * c + 1] = v.y;
+          b[n][4 * c + 2] = v.z;
+          b[n][4 * c + 3] = v.w;
+        }
+      words_of(w, queue[d]);
+      multiply<0>(sum, w, queue[d], b);
+      if (unit + DEPTH < end) cursor.load(queue[d], d, unit + DEPTH >= tile_end);
+      if (++k == units) {
+        put_down();
+        k = 0;
+        tile++;
       }
-    arrived<STAGES - 2>();
-    __syncwarp();  // lanes read each other's sets, and have read the place that is filled next
-    words_of(w, &ring[place].words[0][lane]);
-    copy_next();
-    multiply<0>(sum, w, ring[place], g, b);
-    place = place + 1 == STAGES ? 0 : place + 1;
-    if (++k == units) {
-      put_down();
-      k = 0;
-      slot = 1;
     }
+    cursor.advance(DEPTH);
   }
-  if (k) put_down();
+  if (k && begin < end) put_down();
   __syncthreads();
 
-  // Neighbouring lanes add up the warps' parts of one output.
-  const u32 lanes = parts(own_tiles * rows), part = lane % lanes;
-  for (u32 i = threadIdx.x / lanes; i < own_tiles * TILE * rows; i += WARPS * 32 / lanes) {
-    const u32 row = i % TILE, tile = i / TILE % own_tiles, m = i / TILE / own_tiles, output = (first_tile + tile) * TILE + row;
-    float total = 0.f;
-    for (u32 other = part; other < WARPS; other += lanes) {
-      const u32 from = work * other / WARPS, to = work * (other + 1) / WARPS;
-      if (from < to && from < (tile + 1) * units && to > tile * units) total += partial[other * stride + ((from < tile * units) * rows + m) * TILE + row];
+  // A warp adds up the parts of a tile and a row of x, those of the warps whose runs met the tile.
+  for (u32 i = warp; i < own_tiles << plan.log_rows; i += WARPS) {
+    const u32 m = i & ((1u << plan.log_rows) - 1), from = (i >> plan.log_rows) * units, output = (first_tile + (i >> plan.log_rows)) * TILE + lane;
+    if (m >= rows) continue;
+    float total = bias && output < outputs ? to_float(bias[output]) : 0.f;
+#pragma unroll
+    for (u32 other = 0; other < WARPS; other++) {
+      const u32 its_begin = work * other / WARPS, its_end = work * (other + 1) / WARPS;
+      if (its_begin < its_end && its_begin < from + units && its_end > from) total += partial[((other * 2 + ((i >> plan.log_rows) & 1)) * rows + m) * TILE + lane];
     }
-    for (u32 apart = 1; apart < lanes; apart *= 2) total += exchanged(total, apart);
-    if (part == 0 && output < outputs) y[(size_t)m * outputs + output] = from_float(total + (bias ? to_float(bias[output]) : 0.f));
+    if (output < outputs) y[(size_t)m * outputs + output] = from_float(total);
   }
 }
 
@@ -329,11 +351,13 @@ dense(Weight weight, T* __restrict__ y, u32 outputs, u32 inputs, u32 tiles, u32 
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
   const u32 at = blockIdx.x * 8 + (threadIdx.x >> 5);
   if (at >= tiles * units) return;
+  Unit unit;
+  Cursor(weight, at, at / units, lane).load(unit, 0, false);
   u32 w[4][BITS];
-  words_of(w, weight.words + (size_t)at * (BITS * 32) + lane);
+  words_of(w, unit);
   float scale[SETS][4], zero[SETS][4];
 #pragma unroll
-  for (int s = 0; s < SETS; s++) set_of(scale[s], zero[s], weight.sets[(GROUP ? (size_t)at * SETS + s : at / units) * 8 + g]);
+  for (int s = 0; s < SETS; s++) set_of(scale[s], zero[s], unit.sets[s]);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     const u32 output = at / units * TILE + 8 * i + g;
