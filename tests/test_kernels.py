@@ -187,6 +187,7 @@ EMULATED = [
     (3, 32, False, torch.bfloat16, 12),
     (4, None, True, torch.float16, 8),
     (8, 128, False, torch.float16, 16),
+    (3, None, False, torch.float16, 2),
 ]
 
 
@@ -196,14 +197,14 @@ def test_the_source_multiplies_on_the_cpu(
 ) -> None:
     """decode.cu itself, a thread for every CUDA thread: what its lanes read, add and write, and nothing beside it."""
     scheme = weight_only(bits, group_size, symmetric)
-    outputs, inputs = 72, 384 if group_size == 128 else 320
+    outputs, inputs = (264, 128) if rows == 2 else (72, 384 if group_size == 128 else 320)
     q, packed = random_weight(scheme, outputs, inputs, dtype)
     weight = cuda.prepare(packed)
     tiles, units = weight.words.shape[:2]
     library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs)), "WARPS": 2})
     pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr())
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
-    for blocks in (1, 2, 3):
+    for blocks in (5, 9) if rows == 2 else (1, 2, 3):
         y = torch.full((rows + 1, outputs), 7.0).to(dtype)
         library.run_linear(
             *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs),

@@ -32,7 +32,7 @@ from mbq.kernels import compiled
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.scheme import Scheme
 
-TILE, UNIT, WARPS = 32, 128, 16
+TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
 DECODE_ROWS = 16  # more rows of x go through a dense weight
 
@@ -173,7 +173,7 @@ class _Plan(ctypes.Structure):
 
 def plan(tiles: int, units: int, blocks: int, rows: int) -> _Plan:
     """What ``decode.cu`` would have to divide for; ``inverse`` is exact for all units of 16 tiles of 2 million inputs."""
-    return _Plan(units, tiles // blocks, tiles % blocks, 2**32 // units + 1, (rows - 1).bit_length())
+    return _Plan(units, tiles // blocks, tiles % blocks, (2**32 // units + 1) % 2**32, (rows - 1).bit_length())
 
 
 def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:

@@ -252,7 +252,7 @@ template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4]
 struct Plan {
   u32 units;              // of 128 inputs, rounded up: of a tile
   u32 tiles, more;        // of 32 outputs: of a block; the first "more" blocks have one more
-  u32 inverse;            // n / units is the high word of n * inverse
+  u32 inverse;            // n / units is the high word of n * inverse, unless units is 1
   u32 log_rows;           // 2^log_rows is rows, rounded up
 };
 
@@ -263,7 +263,7 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, units = plan.units;
   const u32 first_tile = plan.tiles * blockIdx.x + min(blockIdx.x, plan.more), own_tiles = plan.tiles + (blockIdx.x < plan.more);
   const u32 work = own_tiles * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
-  u32 tile = __umulhi(begin, plan.inverse), k = begin - tile * units;
+  u32 tile = units == 1 ? begin : __umulhi(begin, plan.inverse), k = begin - tile * units;
 
   Unit queue[DEPTH];
   Cursor cursor(weight, (size_t)first_tile * units + begin, first_tile + tile, lane);
