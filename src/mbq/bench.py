@@ -10,7 +10,6 @@ A contender is checked against the dense product before it is timed; one that is
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import math
@@ -19,12 +18,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich import box
 from rich.table import Table
-from torch import nn
 from transformers import AutoConfig
 
 from mbq.errors import MBQError
@@ -200,21 +200,27 @@ def random_weight(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, de
     return PackedWeight(words(outputs, -(-inputs * weights.bits // 32)), scale, zero_point, shape, scheme)
 
 
-def tensors_of(prepared: Any) -> list[torch.Tensor]:
-    """The tensors in what ``Contender.prepare`` made: a tensor, a module, a dataclass, or a tuple or list of such."""
-    if isinstance(prepared, torch.Tensor):
-        return [prepared]
-    if isinstance(prepared, nn.Module):
-        return [*prepared.parameters(), *prepared.buffers()]
-    if is_dataclass(prepared):
-        return tensors_of([getattr(prepared, each.name) for each in fields(prepared)])
-    if isinstance(prepared, list | tuple):
-        return [tensor for each in prepared for tensor in tensors_of(each)]
-    return []
-
-
 def bytes_of(prepared: Any) -> int:
-    return sum(tensor.nbytes for tensor in tensors_of(prepared))
+    """Of the tensors in what ``Contender.prepare`` made: a tensor, a dataclass, or a tuple or list of such."""
+    if isinstance(prepared, torch.Tensor):
+        return prepared.nbytes
+    return sum(bytes_of(part) for part in _parts(prepared).values())
+
+
+def copy_of(prepared: Any) -> Any:
+    """The same with tensors of its own; what is no tensor is shared."""
+    if isinstance(prepared, torch.Tensor):
+        return prepared.clone()
+    parts = {name: copy_of(part) for name, part in _parts(prepared).items()}
+    if is_dataclass(prepared) and not isinstance(prepared, type):
+        return replace(prepared, **parts)
+    return type(prepared)(parts.values()) if isinstance(prepared, list | tuple) else prepared
+
+
+def _parts(prepared: Any) -> dict[str, Any]:
+    if is_dataclass(prepared):
+        return {each.name: getattr(prepared, each.name) for each in fields(prepared)}
+    return {str(i): part for i, part in enumerate(prepared)} if isinstance(prepared, list | tuple) else {}
 
 
 def expected(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
@@ -248,7 +254,7 @@ def ours(kernel: str, decoder: Decoder, scheme: Scheme, dtype: torch.dtype, devi
 
 def cublas() -> Contender:
     """16-bit weights, of the scales' dtype: the weight is rounded to it, so the tolerance is wider."""
-    return Contender(CUBLAS, lambda weight: dequantize(unpack_weight(weight)), nn.functional.linear, 2e-2)
+    return Contender(CUBLAS, lambda weight: dequantize(unpack_weight(weight)), F.linear, 2e-2)
 
 
 class Reader:
@@ -332,7 +338,7 @@ def measure(
         for count, error in check(contender, weight, first, rows, dtype).items():
             errors[count] = max(errors[count], error)
         others = max(decoder.layers, copies_beyond_cache(bytes_of(first), device)) - 1
-        made[name] = [first, *(copy.deepcopy(first) for _ in range(others))]
+        made[name] = [first, *(copy_of(first) for _ in range(others))]
     sizes = {name: bytes_of(copies[0]) for name, copies in made.items()}
 
     def multiply(x: Mapping[str, torch.Tensor], products: Sequence[tuple[str, int]]) -> None:

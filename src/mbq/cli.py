@@ -287,7 +287,7 @@ def doctor_command(verbose: Verbose = 0) -> None:
 def bench_command(
     model: Annotated[
         str | None,
-        typer.Option(help="The folder or id whose config.json gives the shapes; Qwen2-7B's.", metavar="MODEL"),
+        typer.Option(help="A folder or id that gives the shapes; Qwen2-7B's.", metavar="MODEL"),
     ] = None,
     schemes: Annotated[list[str] | None, typer.Option(help="W3A16,W4A16. Repeatable, or a,b,c.")] = None,
     rows: Annotated[list[str] | None, typer.Option(help="Rows of x: 1,4,16. Repeatable, or a,b,c.")] = None,
