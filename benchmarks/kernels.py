@@ -142,24 +142,26 @@ def command_of(args: argparse.Namespace) -> str:
     return f"python -m benchmarks.kernels {' '.join(parts)}"
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--schemes", nargs="+", default=["W3A16", "W4A16"])
+    made.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16])
+    made.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=["float16", "bfloat16"])
+    made.add_argument("--kernel", default="cuda", help="mbq's: auto, or a kernel that mbq doctor lists")
+    made.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}")
+    made.add_argument("--marlin", type=Path, help="the library, built as above")
+    made.add_argument("--step", help="the design step that this run measures")
+    made.add_argument("--predicted", type=float, help="microseconds of the stack that were expected of it")
+    made.add_argument("--output", type=Path, help="a JSON file")
+    return made
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schemes", nargs="+", default=["W3A16", "W4A16"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16])
-    parser.add_argument("--dtypes", nargs="+", default=["float16", "bfloat16"], choices=["float16", "bfloat16"])
-    parser.add_argument("--kernel", default="cuda", help="mbq's: auto, or a kernel that mbq doctor lists")
-    parser.add_argument(
-        "--peers", nargs="*", default=PEERS, choices=PEERS, metavar="NAME", help=f"of {', '.join(PEERS)}"
-    )
-    parser.add_argument("--marlin", type=Path, help="the library, built as above")
-    parser.add_argument("--step", help="the design step that this run measures")
-    parser.add_argument("--predicted", type=float, help="microseconds of the stack that were expected of it")
-    parser.add_argument("--output", type=Path, help="a JSON file")
-    args = parser.parse_args(arguments)
+    args = parser().parse_args(arguments)
     try:
         run = Bench(QWEN2_7B, command_of(args))
     except MBQError as error:
-        parser.exit(2, f"{error}\n")
+        parser().exit(2, f"{error}\n")
     extra = {"step": args.step, "predicted": args.predicted} if args.step else {}
     record = Record(run.report, args.output, extra)
     here = warm(args, run)

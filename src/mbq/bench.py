@@ -322,14 +322,19 @@ def microseconds(run: Callable[[], Any]) -> float:
 
 
 def measure(
-    contender: Contender, scheme: Scheme, decoder: Decoder, rows: Sequence[int], dtype: torch.dtype, label: str = ""
+    contender: Contender,
+    scheme: Scheme,
+    decoder: Decoder,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    label: str = "",
 ) -> list[Time]:
     """Check the contender, then time each shape and the stack at each number of ``rows``.
 
     ``label`` stands for the scheme in the times. Raises MBQError where a product is wrong, and whatever the contender
     raises.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
     made: dict[str, list[Any]] = {}
     errors = dict.fromkeys(rows, 0.0)
     for name, shape in decoder.shapes.items():
@@ -374,7 +379,9 @@ def check(
 
 
 def copies_beyond_cache(size: int, device: torch.device) -> int:
-    return -(-L2_TIMES * torch.cuda.get_device_properties(device).L2_cache_size // size)
+    """How many weights of ``size`` bytes are enough that the first has left the L2 when its turn comes again."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return -(-L2_TIMES * cache // size)
 
 
 def times_of_reading(
@@ -460,7 +467,7 @@ class Bench:
     ) -> None:
         """Measure the contender; what it raises goes to the report, a full memory too."""
         try:
-            self.report.times += measure(contender, scheme, self.report.decoder, rows, dtype, label)
+            self.report.times += measure(contender, scheme, self.report.decoder, rows, dtype, self.device, label)
         except Exception as error:  # whatever a peer raises: the others still run
             why = str(error) if isinstance(error, MBQError) else f"{type(error).__name__}: {_first_line(error)}"
             if isinstance(error, torch.OutOfMemoryError):
