@@ -56,7 +56,7 @@ def chosen(args: argparse.Namespace) -> list[tuple[Peer, str, str]]:
         for dtype in args.dtypes
         if dtype in peer.dtypes
         for scheme in args.schemes
-        if scheme in peer.schemes
+        if scheme in peer.schemes and rows_of(peer, args.rows)
     ]
 
 

@@ -33,9 +33,9 @@ command above its tables. `mbq bench` measures the same on your GPU.
   every linear with a weight of its own: quote that one, since single shapes keep a few per cent in the L2.
 - A time is the median of replays of a CUDA graph, in microseconds. Weights are used in turn, more of them than the L2
   holds.
-- GB/s counts the bytes that hold the weight: codes, scales and zeros, as the contender keeps them. "Only reads" is a
-  kernel that reads these bytes and does nothing with them; "of ceiling" is the share of what it reads a second from
-  memory much larger than the L2.
+- GB/s counts the bytes that hold the weight: codes, scales and zeros, as the contender keeps them. "Only reads" (and
+  "read µs") is a kernel that reads these bytes and does nothing with them; "ceiling" is the share of what that kernel
+  reads a second from memory much larger than the L2; "x cuBLAS" is how many times faster than cuBLAS on 16-bit weights.
 - Each contender was checked against the dense product before it was timed. Marlin's weights are symmetric, without
   zeros; the others' are asymmetric.
 """
