@@ -281,3 +281,39 @@ def doctor_command(verbose: Verbose = 0) -> None:
     from mbq.doctor import doctor
 
     doctor(Console())
+
+
+@command
+def bench_command(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A folder or id that gives the shapes; Qwen2-7B's.", metavar="MODEL"),
+    ] = None,
+    schemes: Annotated[list[str] | None, typer.Option(help="W3A16,W4A16. Repeatable, or a,b,c.")] = None,
+    rows: Annotated[list[str] | None, typer.Option(help="Rows of x: 1,4,16. Repeatable, or a,b,c.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    layers: Annotated[int | None, typer.Option(help="Layers of the stack; the model's.", min=1)] = None,
+    kernel: Annotated[str, typer.Option(help="auto, or a kernel that mbq doctor lists.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Also write the measurements here.", metavar="FILE")] = None,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Time the packed linears on this GPU, beside cuBLAS and beside only reading their bytes."""
+    from mbq.bench import bench, table
+    from mbq.output import write_json
+
+    with shown(_errors()) as progress:
+        report = bench(
+            model,
+            schemes=[name for given in schemes or ["W3A16,W4A16"] for name in given.split(",")],
+            rows=[count for given in rows or ["1,4,16"] for count in given.split(",")],
+            dtype=dtype,
+            layers=layers,
+            kernel=kernel,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    Console().print(table(report))
+    if json is not None:
+        write_json(json, report.to_json())
+        typer.echo(f"Wrote {json}.")

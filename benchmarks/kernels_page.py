@@ -1,0 +1,250 @@
+"""docs/kernels.md from the stored measurements: nothing is measured here.
+
+python -m benchmarks.kernels_page
+
+benchmarks/results/kernels/*.json are runs of benchmarks/kernels.py with everything beside each other;
+benchmarks/results/kernels/steps/*.json, in the order of their names, runs that measured one design step each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results_page import markdown
+from mbq.bench import CUBLAS, DENSE, HEADER, READING, STACK, Report, Time, cells, duration, shape_name
+from mbq.kernels import cuda
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "benchmarks" / "results" / "kernels"
+PAGE = ROOT / "docs" / "kernels.md"
+OURS = ("cuda", "triton", "reference")
+
+HEAD = """# Kernels
+
+Written by `python -m benchmarks.kernels_page` from the measurements in `benchmarks/results/kernels/`, each made by the
+command above its tables. `mbq bench` measures the same on your GPU.
+
+- Shapes are the linears of a decoder layer, q, k, v and gate, up joined. "N layers" is a whole model's worth of them,
+  every linear with a weight of its own: quote that one, since single shapes keep a few per cent in the L2.
+- A time is the median of replays of a CUDA graph, in microseconds. Weights are used in turn, more of them than the L2
+  holds.
+- GB/s counts the bytes that hold the weight: codes, scales and zeros, as the contender keeps them. "Only reads" (and
+  "read µs") is a kernel that reads these bytes and does nothing with them; "ceiling" is the share of what that kernel
+  reads a second from memory much larger than the L2; "x cuBLAS" is how many times faster than cuBLAS on 16-bit weights.
+- Each contender was checked against the dense product before it was timed. Marlin's weights are symmetric, without
+  zeros; the others' are asymmetric.
+"""
+
+LAYOUT = """## The packed layout
+
+What `prepare` makes of a checkpoint's words for the CUDA kernel (the docstring of `mbq/kernels/cuda.py`):
+
+{layout}
+"""
+
+STEPS = """## What each step of the design brought
+
+Each was predicted before it was measured: the stack of W3A16 at one row, in microseconds.
+
+{steps}
+"""
+
+# From the issue that asked for these kernels: one H200, one run each, microseconds, one row of x.
+QUOTED_SHAPES = ("qkv", "o", "gate_up", "down", STACK)
+QUOTED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
+    ("cuBLAS, 16 bits", (10.8, 11.7, 70.5, 39.8, 3719)),
+    ("W3: Humming (what vLLM runs for W3A16)", (10.2, 11.2, 34.9, 22.0, 2145)),
+    ("W3: vLLM's GPTQ (exllama) kernel", (6.6, 6.8, 22.5, 14.4, 1338)),
+    ("W3: any-precision bit planes", (7.6, 6.2, 39.1, 22.1, None)),
+    ("W3: FLUTE", (11.5, 10.4, 44.2, 27.4, None)),
+    ("W3: llama.cpp Q3_K (activation quantization in the 28 layers)", (11.0, 9.3, 77.8, 32.8, 3816)),
+    ("W4: Marlin", (10.5, 11.2, 31.3, 23.3, 2048)),
+    ("W4: GemLite", (8.0, 7.1, 41.2, 23.3, 2341)),
+    ("W4: vLLM's GPTQ (exllama) kernel", (None, None, None, None, 1775)),
+    ("W4: Humming", (None, None, None, None, 2155)),
+)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the issue asks for, in microseconds on an H200, of one scheme, number of rows and shape."""
+
+    scheme: str
+    rows: int
+    shape: str
+    bar: float
+    stretch: float
+
+
+GOALS = (
+    Goal("W3A16", 1, "qkv", 4.5, 3.7),
+    Goal("W3A16", 1, "o", 3.4, 2.8),
+    Goal("W3A16", 1, "gate_up", 18, 16),
+    Goal("W3A16", 1, "down", 11, 9),
+    Goal("W3A16", 1, STACK, 1050, 850),
+    Goal("W3A16", 4, STACK, 1100, 900),
+    Goal("W3A16", 16, STACK, 1500, 1150),
+    Goal("W4A16", 1, STACK, 1400, 1100),
+    Goal("W4A16", 16, STACK, 1700, 1300),
+)
+
+
+def page(stored: Path) -> str:
+    """The page of the runs in ``stored``."""
+    runs = [Report.from_json(read(path)) for path in sorted(stored.glob("*.json"))]
+    steps = [read(path) for path in sorted((stored / "steps").glob("*.json"))]
+    parts = [HEAD]
+    for run in runs:
+        parts += [_run(run), _goals(run)]
+    if not runs:
+        parts.append("Nothing has been measured yet.\n")
+    parts += [_quoted(), LAYOUT.format(layout=layout()), STEPS.format(steps=_steps(steps))]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def layout() -> str:
+    """The drawing in the docstring of the CUDA kernel, without the sentence that heads it."""
+    return inspect.cleandoc(cuda.__doc__ or "").split("\n\n", 1)[1]
+
+
+def kinds(times: Sequence[Time], name: str) -> list[Any]:
+    """The different values of a field, in the order of the times."""
+    return list(dict.fromkeys(getattr(time, name) for time in times))
+
+
+def _run(run: Report) -> str:
+    ceiling = f" It reads {run.ceiling:,.0f} GB/s." if run.ceiling else ""
+    lines = [f"## {run.device}\n", f"`{run.command}`, {run.software}.{ceiling}\n"]
+    measured = [time for time in run.times if time.by not in (CUBLAS, READING)]
+    for scheme in kinds(measured, "scheme"):
+        for dtype in kinds([time for time in measured if time.scheme == scheme], "dtype"):
+            lines += [f"### {scheme}, {dtype}\n", _summary(run, scheme, dtype), ""]
+            lines += [_detail(run, scheme, dtype), ""]
+    if run.failures:
+        lines.append("Not measured:\n")
+        lines += [
+            f"- {' '.join(filter(None, (each.by, each.scheme, each.dtype)))}: {each.why}" for each in run.failures
+        ]
+        lines.append("")
+    lines.append(_against_peers(run))
+    return "\n".join(lines)
+
+
+def _summary(run: Report, scheme: str, dtype: str) -> str:
+    """Everybody beside each other: a row a contender and number of rows, a column a shape."""
+    shapes = [*run.decoder.shapes, STACK]
+    rows = []
+    counts = kinds([time for time in run.times if time.scheme == scheme and time.dtype == dtype and time.rows], "rows")
+    for count in counts:
+        for by, told in [(CUBLAS, DENSE), *((name, scheme) for name in _contenders(run, scheme, dtype, count))]:
+            found = [run.find(by, told, dtype, count, shape) for shape in shapes]
+            if any(found):
+                rows.append([str(count), by, *(duration(time.microseconds) if time else "" for time in found)])
+    reading = [run.find(READING, scheme, dtype, 0, shape) for shape in shapes]
+    if any(reading):
+        rows.append(["", READING, *(duration(time.microseconds) if time else "" for time in reading)])
+    return markdown(["rows of x", "µs", *(shape_name(run.decoder, shape) for shape in shapes)], rows)
+
+
+def _contenders(run: Report, scheme: str, dtype: str, rows: int) -> list[str]:
+    """The fastest stack first."""
+    stacks = [t for t in run.times if (t.scheme, t.dtype, t.rows, t.shape) == (scheme, dtype, rows, STACK)]
+    return [time.by for time in sorted(stacks, key=lambda time: time.microseconds)]
+
+
+def _detail(run: Report, scheme: str, dtype: str) -> str:
+    """mbq's own kernels by shape, as ``mbq bench`` prints them."""
+    rows = [
+        [str(time.rows), time.by, shape_name(run.decoder, time.shape), *cells(run, time)]
+        for time in run.times
+        if time.scheme == scheme and time.dtype == dtype and is_own(time.by)
+    ]
+    return markdown(["rows of x", "by", "shape", *HEADER], rows)
+
+
+def is_own(by: str) -> bool:
+    return set(by.split(" and ")) <= set(OURS)
+
+
+def _goals(run: Report) -> str:
+    """The issue's bars, where the run is on the GPU and the shapes that they are meant for."""
+    dtypes = kinds(run.times, "dtype")
+    rows = []
+    for goal in GOALS:
+        found = [_own(run, goal, dtype) for dtype in dtypes]
+        if any(found):
+            cells = [f"{duration(time.microseconds)}{_verdict(time, goal)}" if time else "" for time in found]
+            shape = shape_name(run.decoder, goal.shape)
+            rows.append([goal.scheme, str(goal.rows), shape, duration(goal.bar), duration(goal.stretch), *cells])
+    if "H200" not in run.device or not rows:
+        return ""
+    return (
+        f"### Against the bars\n\n{markdown(['scheme', 'rows of x', 'shape', 'bar, µs', 'stretch', *dtypes], rows)}\n"
+    )
+
+
+def _own(run: Report, goal: Goal, dtype: str) -> Time | None:
+    wanted = (goal.scheme, dtype, goal.rows, goal.shape)
+    found = [t for t in run.times if is_own(t.by) and (t.scheme, t.dtype, t.rows, t.shape) == wanted]
+    return min(found, key=lambda time: time.microseconds, default=None)
+
+
+def _verdict(time: Time, goal: Goal) -> str:
+    if time.microseconds <= goal.stretch:
+        return " (stretch)"
+    return "" if time.microseconds <= goal.bar else " (missed)"
+
+
+def _against_peers(run: Report) -> str:
+    """A sentence for every peer's stack: by how much mbq's fastest kernel is ahead."""
+    lines = []
+    for time in run.times:
+        if time.shape != STACK or time.by in (CUBLAS, READING) or is_own(time.by):
+            continue
+        own = _own(run, Goal(time.scheme, time.rows, STACK, 0, 0), time.dtype)
+        if own is not None:
+            lines.append(
+                f"- {time.scheme}, {time.dtype}, {time.rows} rows, {run.decoder.layers} layers: {own.by} takes "
+                f"{duration(own.microseconds)} µs, {time.by} {duration(time.microseconds)}: "
+                f"{time.microseconds / own.microseconds:.2f}x."
+            )
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def _quoted() -> str:
+    header = ["as quoted, another run; one row of x, µs", *(s if s != STACK else "28 layers" for s in QUOTED_SHAPES)]
+    rows = [[name, *("" if value is None else duration(value) for value in values)] for name, values in QUOTED]
+    return (
+        "## Other kernels, as quoted\n\nFrom the issue that asked for this work: one H200, one run each, measured by "
+        f"nothing here.\n\n{markdown(header, rows)}\n"
+    )
+
+
+def _steps(steps: Sequence[dict[str, Any]]) -> str:
+    """A row a step: the stack of W3A16 at one row, in the dtype that was measured first."""
+    rows = []
+    for step in steps:
+        run = Report.from_json(step)
+        own = [t for t in run.times if is_own(t.by) and (t.scheme, t.rows, t.shape) == ("W3A16", 1, STACK)]
+        measured = duration(own[0].microseconds) if own else ""
+        predicted = duration(step["predicted"]) if step.get("predicted") else ""
+        rows.append([step["step"], predicted, measured])
+    return markdown(["step", "predicted", "measured"], rows) if rows else "Nothing has been measured yet."
+
+
+def main() -> None:
+    PAGE.write_text(page(STORED), encoding="utf-8")
+    print(f"Wrote {PAGE.relative_to(ROOT)}.")
+
+
+if __name__ == "__main__":
+    main()
