@@ -178,7 +178,7 @@ def test_a_model_keeps_one_output_at_most(counting: Counting) -> None:
 
 
 def test_compiled_without_a_break(counting: Counting) -> None:
-    separate, fused, layer = pair()
+    _, fused, layer = pair()
     calls: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -157,6 +157,7 @@ def _find(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def _version(x: torch.Tensor) -> int:
-    """Grows when x is written to. Neither tensors of inference mode nor compiled code have it: none may write to x there
-    between the calls of one group."""
+    """Grows when x is written to. Tensors of inference mode and compiled code have none: there, nothing may write to x
+    between the calls of one group.
+    """
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
