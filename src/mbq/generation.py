@@ -66,6 +66,10 @@ def cuda_graph(model: Any) -> Iterator[None]:
         del model.get_compiled_call
 
 
+# What positions are computed from. With positions given they say nothing, and one grows with every token (5.17).
+POSITIONS_ONLY = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+
+
 class DecodeStep:
     """``model``'s forward pass for arguments of the same shapes, again and again, as one CUDA graph.
 
@@ -83,6 +87,8 @@ class DecodeStep:
         self.failed = False
 
     def __call__(self, **arguments: Any) -> Any:
+        if arguments.get("position_ids") is not None:
+            arguments = {name: value for name, value in arguments.items() if name not in POSITIONS_ONLY}
         cache, tensors = arguments.get("past_key_values"), _tensors(arguments)
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         if cache is not self.cache or shapes != self.shapes:
