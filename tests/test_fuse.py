@@ -290,3 +290,34 @@ def test_a_fused_model_does_not_save(folder: Callable[..., Path], counting: Coun
     with pytest.raises(MBQError, match=r"layers are fused .* load it anew with kernel='reference'\.$"):
         model.save_pretrained(tmp_path)
     mbq.load(folder("qwen2_vl"), kernel="reference").save_pretrained(tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "reference"])
+def test_fused_layers_in_a_cuda_graph(kernel: str, scheme: str) -> None:
+    """Eager, recorded, and compiled and recorded; the graph reads what is written to x later."""
+    separate = attention(scheme).to("cuda", torch.float16)
+    place = (SCHEMES[scheme], (37, 256), torch.device("cuda", 0), torch.float16)
+    reason = KERNELS[kernel].supports(*place)
+    if reason is not None:
+        pytest.skip(reason)
+    fused = copy.deepcopy(separate)
+    use_kernel(fused, kernel)
+    assert isinstance(fused.self_attn.q_proj, LinearSlice)
+    torch.compiler.reset()
+    for run in (fused, torch.compile(fused, fullgraph=True, dynamic=False)):
+        for rows in (1, 5, 40):
+            x = torch.randn(1, rows, 256, dtype=torch.float16, device="cuda")
+            with torch.no_grad():
+                for _ in range(2):
+                    run(x)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    y = run(x)
+                for _ in range(2):
+                    x.copy_(torch.randn_like(x))
+                    graph.replay()
+                    torch.testing.assert_close(y, separate(x), rtol=1e-2, atol=1e-2)

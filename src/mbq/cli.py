@@ -171,7 +171,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 128,
     kernel: Annotated[str, typer.Option(help="auto, or a kernel that mbq doctor lists.")] = "auto",
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step: a minute once, then more tokens a second.")
+        bool, typer.Option("--compile", help="Compile the decode step: slow to start, then faster.")
     ] = False,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,

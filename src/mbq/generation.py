@@ -2,7 +2,7 @@
 
 On a GPU, Python takes longer to launch the hundreds of kernels of a step than the GPU takes to run them. ``cuda_graph``
 records one step and replays it; transformers' ``generate(..., cache_implementation="static")`` compiles it, which takes
-a minute and gives a faster step. Both keep keys and values at fixed addresses (``StaticCache``).
+long at the start and makes fewer kernels. Both keep keys and values at fixed addresses (``StaticCache``).
 """
 
 from __future__ import annotations
