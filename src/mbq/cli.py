@@ -169,6 +169,10 @@ def generate_command(
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     image: Annotated[list[Path] | None, typer.Option(help="An image; repeatable.", metavar="FILE")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 128,
+    kernel: Annotated[str, typer.Option(help="auto, or a kernel that mbq doctor lists.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the decode step: slow to start, then faster.")
+    ] = False,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     trust_remote_code: Trust = False,
@@ -180,8 +184,8 @@ def generate_command(
     from mbq.quantized import load
 
     processor = load_processor(folder, trust_remote_code)
-    model = load(folder, device, dtype, trust_remote_code=trust_remote_code)
-    typer.echo(generate(model, processor, prompt, image or [], max_new_tokens))
+    model = load(folder, device, dtype, kernel, trust_remote_code)
+    typer.echo(generate(model, processor, prompt, image or [], max_new_tokens, compiled))
 
 
 @command

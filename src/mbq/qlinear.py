@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
+from mbq.errors import MBQError
 from mbq.kernels import KERNELS, choose
 from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, is_packed, pack_weight
@@ -39,7 +42,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
-        self.kernel = "reference"
+        self.kernel, self.rearranged = "reference", False
         bits, size = scheme.weights.bits, scheme.weights.group_size
         groups = in_features // size if size else 1
 
@@ -62,10 +65,14 @@ class QuantLinear(nn.Module):
     @classmethod
     def from_qtensor(cls, q: QTensor, scheme: Scheme, bias: torch.Tensor | None = None) -> QuantLinear:
         """The layer of a quantized weight; ``scheme.weights`` is ``q.scheme``."""
-        out_features, in_features = q.codes.shape
-        layer = cls(in_features, out_features, scheme, bias is not None, q.scale.dtype, "meta")
-        packed = pack_weight(q, scheme)
-        if is_packed(scheme):
+        return cls.from_packed(pack_weight(q, scheme), None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeight, bias: torch.Tensor | None = None) -> QuantLinear:
+        """The layer of a weight in the checkpoint's layout, and of ``bias`` [out]."""
+        outputs, inputs = packed.shape
+        layer = cls(inputs, outputs, packed.scheme, bias is not None, packed.scale.dtype, "meta")
+        if is_packed(packed.scheme):
             layer.weight_packed = packed.words
             layer.weight_shape = torch.tensor(packed.shape, device=packed.words.device)
         else:
@@ -73,7 +80,7 @@ class QuantLinear(nn.Module):
         layer.weight_scale = packed.scale.contiguous()
         layer.weight_zero_point = packed.zero_point
         if bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+            layer.bias = nn.Parameter(bias, requires_grad=False)
         return layer
 
     @property
@@ -88,11 +95,20 @@ class QuantLinear(nn.Module):
 
         Raises MBQError where the named kernel does not support this layer.
         """
-        packed = self.packed
-        self.kernel = choose(kernel, self.scheme, packed.shape, packed.words.device, packed.scale.dtype)
-        packed = KERNELS[self.kernel].prepare(packed)
+        given = self.packed
+        self.kernel = choose(kernel, self.scheme, given.shape, given.words.device, given.scale.dtype)
+        packed = KERNELS[self.kernel].prepare(given)
+        self.rearranged = packed is not given
         setattr(self, "weight_packed" if is_packed(self.scheme) else "weight", packed.words)
         self.weight_scale, self.weight_zero_point = packed.scale, packed.zero_point
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.rearranged:
+            raise MBQError(
+                f"This model's weights are arranged for the kernel {self.kernel!r} and no longer those of its folder; "
+                "to save it, load it anew with kernel='reference'."
+            )
+        super()._save_to_state_dict(*args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.packed, self.bias, self.kernel)

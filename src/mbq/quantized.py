@@ -15,6 +15,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from mbq import internvl_chat
 from mbq.checkpoint.compressed_tensors import replace_linears
 from mbq.errors import MBQError
+from mbq.fuse import use_kernel
 from mbq.kernels import KERNELS
 from mbq.loading import load_model, read_config, torch_device, torch_dtype
 from mbq.qlinear import QuantLinear
@@ -32,7 +33,8 @@ def load(
     folder  what ``mbq quantize`` wrote, or a float model (a folder, or a name on the Hub)
     device  None is the CPU, "auto" a GPU where there is one
     dtype   of the float parameters, the scales and the activations; None is the folder's own
-    kernel  "auto" or a name of ``mbq.kernels.KERNELS``
+    kernel  "auto" or a name of ``mbq.kernels.KERNELS``; all but "reference" arrange the weights for themselves, and
+            q, k, v and gate, up run as one: such a model runs, and does not save
 
     With quantized activations a layer multiplies integer codes and scales the sum, where the search multiplied weights
     and activations rounded to the model's dtype: the same numbers before rounding, so results agree within it.
@@ -56,7 +58,7 @@ def load(
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
             _check_shape(name, layer, folder)
-            layer.use(kernel)
+    use_kernel(model, kernel)
     return model.eval()
 
 

@@ -1,0 +1,163 @@
+"""Linears that read the same input, run as one: q, k and v; gate and up.
+
+transformers' code calls ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``, and keeps doing so: each of the three becomes a
+``LinearSlice`` of one ``FusedLinear``. The first that is called with an x computes all outputs, the others take their
+columns of them, and the last lets go of them. Which linears read the same input is what families.py says; where they
+are given different inputs after all, every call computes, and is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from mbq.errors import MBQError
+from mbq.families import FAMILIES, VISION_GROUPS
+from mbq.kernels import choose
+from mbq.kernels.packed import PackedWeight
+from mbq.packing import pack, unpack
+from mbq.qlinear import QuantLinear
+
+# Paths inside a block of linears that read the same input: ("mlp.gate_proj", "mlp.up_proj"), ...
+SHARED_INPUT = tuple(
+    dict.fromkeys(
+        group.linears
+        for groups in (*(variant.groups for variants in FAMILIES.values() for variant in variants), *VISION_GROUPS)
+        for group in groups
+        if len(group.linears) > 1
+    )
+)
+
+
+class Kept:
+    """The output of the last fused layer that ran, until all its slices are taken; one of these serves a whole model.
+
+    entry  the layer, its input, the input's version, its output, and the numbers of the slices that nobody took yet
+    """
+
+    def __init__(self) -> None:
+        self.entry: tuple[FusedLinear, torch.Tensor, int, torch.Tensor, tuple[int, ...]] | None = None
+
+
+class FusedLinear(nn.Module):
+    """Layers of one input as one ``QuantLinear``: their outputs stand side by side, in the order of ``widths``."""
+
+    def __init__(self, layer: QuantLinear, widths: Sequence[int], kept: Kept) -> None:
+        super().__init__()
+        self.layer, self.kept = layer, kept
+        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.spans = tuple((end - width, end) for width, end in zip(widths, ends, strict=True))
+
+    def part(self, x: torch.Tensor, number: int) -> torch.Tensor:
+        """Outputs [..., width] of part ``number`` for x [..., in]: a view of all parts' outputs."""
+        entry, version = self.kept.entry, _version(x)
+        # A slice that was taken is not there any more: asked for again, it may be for new numbers in the same x.
+        if entry is not None and entry[0] is self and entry[1] is x and entry[2] == version and number in entry[4]:
+            y, waiting = entry[3], entry[4]
+        else:
+            y, waiting = self.layer(x), tuple(range(len(self.spans)))
+        waiting = tuple(each for each in waiting if each != number)
+        self.kept.entry = (self, x, version, y, waiting) if waiting else None
+        start, end = self.spans[number]
+        return y[..., start:end]
+
+    def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
+        raise MBQError(
+            "This model's layers are fused for speed and no longer those of its folder; to save it, load it anew with "
+            "kernel='reference'."
+        )
+
+
+class LinearSlice(nn.Module):
+    """Part ``number`` of a ``FusedLinear``, in the place of the linear that it was: [..., in] to [..., out]."""
+
+    def __init__(self, fused: FusedLinear, number: int) -> None:
+        super().__init__()
+        self.fused, self.number = fused, number
+        start, end = fused.spans[number]
+        self.in_features, self.out_features = fused.layer.in_features, end - start
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fused.part(x, self.number)
+
+    def extra_repr(self) -> str:
+        start, end = self.fused.spans[self.number]
+        return f"outputs {start} to {end}"
+
+
+def use_kernel(model: nn.Module, kernel: str) -> None:
+    """Let every ``QuantLinear`` of ``model`` use ``kernel`` ("auto" or a name), fused where that saves calls; once.
+
+    Layers that the plain torch kernel runs stay as they are: nothing is saved there, and the model can be saved.
+
+    Raises MBQError where the named kernel does not support a layer.
+    """
+    fuse(model, kernel)
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            layer.use(kernel)
+
+
+def fuse(model: nn.Module, kernel: str) -> None:
+    """Replace linears of one input by slices of one layer where scheme, dtype and device agree, and a kernel runs them.
+
+    The layers must be as loaded (``QuantLinear.use`` comes after).
+    """
+    kept = Kept()
+    for block in list(model.modules()):
+        for paths in SHARED_INPUT:
+            layers = [layer for path in paths if isinstance(layer := _find(block, path), QuantLinear)]
+            if len(layers) == len(paths) and _fit(layers) and not _plain(layers, kernel):
+                fused = FusedLinear(concatenate(layers), [layer.out_features for layer in layers], kept)
+                for number, path in enumerate(paths):
+                    block.set_submodule(path, LinearSlice(fused, number))
+
+
+def concatenate(layers: Sequence[QuantLinear]) -> QuantLinear:
+    """One layer with the outputs of ``layers`` side by side; scheme, inputs, dtype and device are the same."""
+    parts = [layer.packed for layer in layers]
+    first, outputs = parts[0], sum(part.shape[0] for part in parts)
+    words, scale = torch.cat([part.words for part in parts]), torch.cat([part.scale for part in parts])
+    weight = PackedWeight(words, scale, _zero_points(parts), (outputs, first.shape[1]), first.scheme)
+    bias = None
+    if any(layer.bias is not None for layer in layers):
+        bias = torch.cat(
+            [layer.weight_scale.new_zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]
+        )
+    return QuantLinear.from_packed(weight, bias)
+
+
+def _zero_points(parts: Sequence[PackedWeight]) -> torch.Tensor | None:
+    """They are packed along the outputs, where a part may end within a word: unpacked and packed again."""
+    bits = parts[0].scheme.weights.bits
+    rows = [unpack(part.zero_point.T, bits, part.shape[0]) for part in parts if part.zero_point is not None]
+    return pack(torch.cat(rows, dim=1), bits).T.contiguous() if rows else None
+
+
+def _fit(layers: Sequence[QuantLinear]) -> bool:
+    agree = {(layer.scheme, layer.in_features, layer.weight_scale.dtype, layer.weight_scale.device) for layer in layers}
+    biases = {layer.bias.dtype for layer in layers if layer.bias is not None}
+    return len(agree) == 1 and biases <= {layers[0].weight_scale.dtype}
+
+
+def _plain(layers: Sequence[QuantLinear], kernel: str) -> bool:
+    """Whether all of ``layers`` run in the reference kernel."""
+    weights = [layer.packed for layer in layers]
+    names = {choose(kernel, each.scheme, each.shape, each.words.device, each.scale.dtype) for each in weights}
+    return names == {"reference"}
+
+
+def _find(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _version(x: torch.Tensor) -> int:
+    """Grows when x is written to. Tensors of inference mode and compiled code have none: there, nothing may write to x
+    between the calls of one group.
+    """
+    return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
