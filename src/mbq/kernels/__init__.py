@@ -27,17 +27,18 @@ class Kernel(Protocol):
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-# The reference leads until the others, right in emulation, have been measured on a GPU; they run where they are named.
-KERNELS: dict[str, Kernel] = {"reference": reference, "cuda": cuda, "triton": triton}
+KERNELS: dict[str, Kernel] = {"cuda": cuda, "triton": triton, "reference": reference}  # in the order of their speed
 
 
 def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
     """The name of the kernel for a weight of ``shape`` [out, in] with scales and activations of ``dtype``.
 
-    "auto" is the first of ``KERNELS`` that supports it.
+    "auto" is the first of ``KERNELS`` that supports it; on the CPU the reference, Triton's interpreter being slower.
 
     Raises MBQError for an unknown name, and with the kernel's own reason where a named one does not support the layer.
     """
+    if name == "auto" and device.type == "cpu":
+        return "reference"
     if name == "auto":
         return next(name for name, kernel in KERNELS.items() if kernel.supports(scheme, shape, device, dtype) is None)
     if name not in KERNELS:
