@@ -18,6 +18,7 @@ from mbq.architecture import Binding, bind
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.folder import check_new
 from mbq.errors import MBQError
+from mbq.fuse import use_kernel
 from mbq.loading import check_finite, load_model, load_processor
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, write_folder
@@ -111,6 +112,7 @@ def quantize(
             hashed = data_hash(_drawn(rows, recipe)) if rows else None
             found = Measured(hashed, sensitivity, search, before, after)
             folder = write_folder(Path(output), binding, processor, recipe, name, found)
+    use_kernel(own, "auto")  # after writing: kernels rearrange the words
     return QuantizationResult(own, processor, recipe, folder, sensitivity, search, seconds, before, after)
 
 
@@ -261,7 +263,6 @@ def _pack_linears(model: nn.Module, targets: Mapping[str, Scheme], method: Metho
     for done, (name, scheme) in enumerate(targets.items(), start=1):
         linear = _linear(model, name)
         layer = QuantLinear.from_qtensor(method.round(linear.weight, scheme.weights), scheme, linear.bias)
-        layer.use("auto")
         model.set_submodule(name, layer)
         progress("quantize", done, len(targets), name)
 
