@@ -92,7 +92,7 @@ def test_codes_and_scales_are_the_references(inputs: int, bits: int, dtype: torc
     from mbq.kernels import int8_source as source
 
     x = random_x(7, inputs, dtype)
-    cleared = torch.full((source.ZEROS + 5,), 7, dtype=torch.int32, device=DEVICE)
+    cleared = torch.full((2 * source.ZEROS,), 7, dtype=torch.int32, device=DEVICE)
     codes, scales = source.quantize(x, bits, cleared)
     expected_codes, expected_scale = quantize_activations(x, ActivationScheme(bits))
     assert torch.equal(scales, expected_scale.squeeze(1))

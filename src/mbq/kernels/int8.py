@@ -118,7 +118,8 @@ def products(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y
     programs, whole, shared = plan(len(x), *weight.shape, tiles, multiprocessors(x.device))
     partial = None
     if shared:
-        partial = torch.empty(shared * (tiles.rows * tiles.outputs + 1), dtype=torch.int32, device=x.device)
+        words = -(-shared * (tiles.rows * tiles.outputs + 1) // source.ZEROS) * source.ZEROS
+        partial = torch.empty(words, dtype=torch.int32, device=x.device)
     with _current(x.device):
         rows = x if x.stride(1) == 1 else x.contiguous()
         codes, scales = source.quantize(rows, weight.scheme.activations.bits, partial)

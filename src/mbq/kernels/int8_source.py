@@ -20,9 +20,9 @@ LEAST_SCALE = 1e-5
 def _nearest(value, scale, reciprocal):  # type: ignore[no-untyped-def]
     """The code nearest to value / scale, ties to even, of the *rounded* quotient, as torch computes it.
 
-    The product with the reciprocal misses the quotient by up to 1.5 units in the last place. Each correction, a
-    remainder that fma computes exactly, halves that and more: two give the rounded quotient, for a third of what a
-    division costs. Adding 1.5 · 2^23 leaves the integer in the low bits, two's complement.
+    The product with the reciprocal may miss the quotient by a unit in the last place or two. A correction takes the
+    remainder, which fma computes exactly; after two the quotient is the rounded one, in five instructions where a
+    division takes many. Adding 1.5 · 2^23 leaves the integer in the low bits, two's complement.
     """
     quotient = value * reciprocal
     quotient = tl.fma(tl.fma(-quotient, scale, value), reciprocal, quotient)
@@ -30,9 +30,9 @@ def _nearest(value, scale, reciprocal):  # type: ignore[no-untyped-def]
     return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
-@triton.jit(do_not_specialize=["rows", "zeros"])
+@triton.jit(do_not_specialize=["rows"])
 def _quantized_rows(  # type: ignore[no-untyped-def]
-    x, codes, scales, cleared, rows, inputs, x_stride, codes_stride, zeros,
+    x, codes, scales, cleared, rows, inputs, x_stride, codes_stride,
     MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ZEROS: tl.constexpr,
 ):  # fmt: skip
     """Program i < rows: row i of x as int8 codes and its scale, absmax / MOST. The others clear ``cleared``.
@@ -58,7 +58,7 @@ def _quantized_rows(  # type: ignore[no-untyped-def]
             tl.store(codes + l, _nearest(tail, scale, reciprocal), mask=l < inputs)
     else:
         at = (program - rows) * ZEROS + tl.arange(0, ZEROS)
-        tl.store(cleared + at, tl.zeros((ZEROS,), tl.int32), mask=at < zeros)
+        tl.store(cleared + at, tl.zeros((ZEROS,), tl.int32))
 
 
 # ---- the products ----
@@ -173,19 +173,20 @@ def _products(  # type: ignore[no-untyped-def]
 
 
 def quantize(x: torch.Tensor, bits: int, cleared: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes [rows, inputs] of x, whose rows are contiguous, and float32 scales [rows]; ``cleared`` becomes zeros.
+    """int8 codes [rows, inputs] of x, whose rows are contiguous, and float32 scales [rows].
 
+    ``cleared``, int32, becomes zeros; it has a multiple of ZEROS words.
     Rows of codes begin at multiples of 16 bytes, as descriptors want them.
     """
     rows, inputs = x.shape
     codes = torch.empty(rows, -(-inputs // 16) * 16, dtype=torch.int8, device=x.device)[:, :inputs]
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    zeros = 0 if cleared is None else cleared.numel()
+    clearing = 0 if cleared is None else cleared.numel() // ZEROS
     block = max(16, 1 << (inputs.bit_length() - 1))
     rest = triton.next_power_of_2(inputs - block) if inputs > block else 0
-    _quantized_rows[(rows + triton.cdiv(zeros, ZEROS),)](
+    _quantized_rows[(rows + clearing,)](
         *(x, codes, scales, scales if cleared is None else cleared),
-        *(rows, inputs, x.stride(0), codes.stride(0), zeros),
+        *(rows, inputs, x.stride(0), codes.stride(0)),
         MOST=2 ** (bits - 1) - 1, LEAST=LEAST_SCALE, BLOCK=block, REST=rest, ZEROS=ZEROS,
         num_warps=4 if block <= 4096 else 8 if block <= 8192 else 16,
     )  # fmt: skip
@@ -205,8 +206,9 @@ def products(
     whole: int,
     partial: torch.Tensor | None,
 ) -> None:
-    """Codes [rows, inputs] times ``words`` (``nibbles``: two codes a byte) as ``int8.prepare`` leaves them, scaled, into y [rows, outputs].
+    """Codes [rows, inputs] times ``words`` as ``int8.prepare`` leaves them, scaled, into y [rows, outputs].
 
+    nibbles  two codes in a byte of ``words``
     partial  zeros, int32: the sums of the tiles from ``whole`` on, and the steps done of each; None if all are whole
     """
     (rows, inputs), outputs = codes.shape, y.shape[1]
