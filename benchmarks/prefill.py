@@ -177,12 +177,12 @@ def _in_process(name: str, tiles: Tiles, dtype: torch.dtype, seconds: float) -> 
 
 
 def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], None]) -> list[dict[str, Any]]:
-    """A row a scheme, shape and number of rows: microseconds of the products alone for every candidate, best first.
+    """A row a scheme, shape and number of rows: microseconds of the linear for every candidate, best first.
 
     What is found so far is saved after every shape: a candidate that hangs takes nothing else with it.
     """
     jobs = [(name, tiles) for name in QUANTIZED for tiles in CANDIDATES[name]]
-    begun = time.monotonic()
+    begun, processors = time.monotonic(), int8.multiprocessors(torch.device("cuda", 0))
     with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
         reasons = list(pool.map(lambda job: _in_process(*job, dtype, args.patience), jobs))
     print(f"{len(jobs)} candidates compiled and checked in {time.monotonic() - begun:.0f} s", flush=True)
@@ -200,7 +200,7 @@ def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], Non
                 times = []
                 for tiles in (tiles for other, tiles in good if other == name):
                     try:
-                        took = products_time(weights, tiles, rows, dtype, args.repeats)
+                        took = tiles_time(weights, tiles, rows, dtype, args.repeats)
                     except Exception as error:
                         print(f"{name} {shape_name} {rows} {tiles}: {str(error).splitlines()[0][:150]}", flush=True)
                         continue
@@ -211,8 +211,14 @@ def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], Non
                 operations = 2 * rows * shape[0] * shape[1]
                 took, tiles = times[0]
                 print(f"{name} {shape_name} M={rows}: {took:.1f} us, {operations / took / 1e6:.0f} TOPS", flush=True)
-                for took, tiles in times[:3]:
-                    print(f"    {took:8.1f}  {_short(tiles)}", flush=True)
+                for other, its in times[:3]:
+                    print(f"    {other:8.1f}  {_short(its)}", flush=True)
+                _, whole, shared = int8.plan(rows, *shape, tiles, processors)
+                if shared:
+                    int8.SPLIT_GAIN, usual = 2**31, int8.SPLIT_GAIN
+                    alone = tiles_time(weights, tiles, rows, dtype, args.repeats)
+                    int8.SPLIT_GAIN = usual
+                    print(f"    {alone:8.1f}  the best if it does not share {shared} of its {whole + shared} tiles")
                 if shape_name in LAYER:
                     best_sum[name, rows] = best_sum.get((name, rows), 0) + times[0][0]
                 row = {"scheme": name, "shape": shape_name, "rows": rows}
@@ -220,7 +226,7 @@ def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], Non
             del weight, weights
             save(found)
     for (name, rows), total in best_sum.items():
-        print(f"{name} M={rows}: best products of a layer {total:.0f} us (without quantization)")
+        print(f"{name} M={rows}: a layer with the best of each shape {total:.0f} us; with one for all four:")
         _print_single_choice(found, name, rows)
     return found
 
@@ -247,26 +253,11 @@ def _short(tiles: Tiles) -> str:
     )
 
 
-def products_time(weights: list[PackedWeight], tiles: Tiles, rows: int, dtype: torch.dtype, repeats: int) -> float:
-    """The products alone: codes are made once, and ``partial`` is not cleared again (sums are wrong, time is not)."""
-    from mbq.kernels import int8_source as source
-
-    weight = weights[0]
-    outputs, inputs = weight.shape
-    x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
-    y = torch.empty(rows, outputs, dtype=dtype, device="cuda")
-    programs, whole, shared = int8.plan(rows, outputs, inputs, tiles, int8.multiprocessors(x.device))
-    codes, scales = source.quantize(x, 8)
-    partial = None
-    if shared:
-        partial = torch.zeros(shared * (tiles.rows * tiles.outputs + 1), dtype=torch.int32, device="cuda")
-    nibbles = int8.has_nibbles(weight.scheme)
-
-    def call(each: PackedWeight) -> None:
-        rest = (tiles, programs, whole, partial)
-        source.products(codes, scales, each.words, nibbles, each.scale, None, y, *rest)
-
-    return microseconds([lambda each=each: call(each) for each in weights], repeats)  # type: ignore[misc]
+def tiles_time(weights: list[PackedWeight], tiles: Tiles, rows: int, dtype: torch.dtype, repeats: int) -> float:
+    """The whole linear, quantization included."""
+    x = torch.randn(rows, weights[0].shape[1], dtype=dtype, device="cuda")
+    y = torch.empty(rows, weights[0].shape[0], dtype=dtype, device="cuda")
+    return microseconds([lambda w=w: int8.products(x, w, None, y, tiles) for w in weights], repeats)  # type: ignore[misc]
 
 
 # ---- the comparison ----
