@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -131,7 +132,8 @@ def wrong(y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, weight: PackedW
     some = torch.cat([torch.arange(min(len(x), 64)), torch.arange(max(0, len(x) - 64), len(x))]).to(x.device)
     x_codes, scale = quantize_activations(x[some], weight.scheme.activations)
     exact = x_codes.double() @ codes.double().T * scale.double() * weight.scale.double().T
-    bound = torch.finfo(y.dtype).eps / 2 * exact.abs() * 1.001 + 1e-6 * exact.abs() + 1e-30
+    kind = torch.finfo(y.dtype)
+    bound = (kind.eps / 2 * 1.001 + 1e-6) * exact.abs() + kind.eps * kind.tiny
     return int((~((y[some].double() - exact).abs() <= bound)).sum())
 
 
@@ -168,10 +170,15 @@ def _in_process(name: str, tiles: Tiles, dtype: torch.dtype, seconds: float) -> 
     queue = context.Queue()
     process = context.Process(target=_worker, args=(name, tiles, dtype, queue), daemon=True)
     process.start()
+    end = time.monotonic() + seconds
     try:
-        return queue.get(timeout=seconds)
-    except Exception:
-        return f"crashed or hung ({process.exitcode})"
+        while time.monotonic() < end:
+            try:
+                return queue.get(timeout=1)
+            except Empty:
+                if not process.is_alive() and queue.empty():
+                    return f"crashed with status {process.exitcode}"
+        return f"hung for {seconds:.0f} s"
     finally:
         process.kill()
 

@@ -77,7 +77,7 @@ def check(scheme: Scheme, rows: int, outputs: int, inputs: int, dtype: torch.dty
         assert poisoned[-1].isnan().all()
     assert got.dtype == dtype
     eps = torch.finfo(dtype).eps
-    tiny = torch.finfo(dtype).tiny
+    tiny = torch.finfo(dtype).tiny * eps  # the last place of the smallest numbers
     terms = expected.abs() + (0 if bias is None else bias.double().abs())
     assert ((got.double() - expected).abs() <= eps / 2 * expected.abs() * 1.001 + 2e-7 * terms + tiny).all()
 
