@@ -1,7 +1,7 @@
 """Any GPU that Triton compiles for (NVIDIA, AMD, Intel); on the CPU in its interpreter, for tests.
 
-The portable kernel: it takes the checkpoint's own layout, reads a word for every code, and leaves the rest to Triton
-and the caches.
+The portable kernel: with 16-bit activations it takes the checkpoint's own layout, reads a word for every code, and
+leaves the rest to Triton and the caches. Quantized activations are the matter of ``int8.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import torch
 import torch.nn.functional as F
 
+from mbq.kernels import int8
 from mbq.kernels.packed import PackedWeight, is_packed
 from mbq.scheme import Scheme
 
@@ -28,13 +29,11 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
         return "Triton's interpreter truncates where a GPU rounds to bfloat16"
     if device.type not in ("cuda", "xpu", "cpu"):
         return f"it does not run on {device.type}"
-    if scheme.activations is not None and not (scheme.weights.symmetric and scheme.weights.group_size is None):
-        return "with quantized activations it knows one symmetric scale a row only"
-    return None
+    return None if scheme.activations is None else int8.supports(scheme, shape)
 
 
 def prepare(weight: PackedWeight) -> PackedWeight:
-    return weight
+    return weight if weight.scheme.activations is None else int8.prepare(weight)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -43,6 +42,8 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     Weights are dequantized as the reference does it, products are summed in float32. With quantized activations the
     codes' products are summed in int32, exactly, and scaled afterwards.
     """
+    if weight.scheme.activations is not None:
+        return int8.linear(x, weight, bias)
     from mbq.kernels import triton_source as source
 
     outputs, inputs = weight.shape
@@ -52,12 +53,9 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     shaped = y.view(*x.shape[:-1], outputs)
     if rows == 0:
         return shaped
-    if weight.scheme.activations is None:
-        if rows > FUSED_ROWS:
-            return F.linear(x, dense(weight, x.dtype), bias)
-        source.products(flat.contiguous(), weight, bias, y)
-    else:
-        source.integer_products(flat.contiguous(), weight, bias, y)
+    if rows > FUSED_ROWS:
+        return F.linear(x, dense(weight, x.dtype), bias)
+    source.products(flat.contiguous(), weight, bias, y)
     return shaped
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mbq.kernels.packed import PackedWeight, is_packed
+from mbq.kernels.packed import PackedWeight
 
 
 @triton.jit
@@ -76,59 +76,6 @@ def _dequantized(  # type: ignore[no-untyped-def]
     tl.store(y + n.to(tl.int64) * inputs + k, weight.to(y.dtype.element_ty), mask=real)
 
 
-@triton.jit
-def _rounded(value):  # type: ignore[no-untyped-def]
-    """To the nearest integer, halves to the even one, for values far below 2^22."""
-    return (value + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _quantized_rows(x, codes, scales, inputs, MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A row of x as int8 codes and its scale: absmax / MOST."""
-    row = tl.program_id(0).to(tl.int64)
-    most = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, inputs, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        most = tl.maximum(most, tl.abs(tl.load(x + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)))
-    scale = tl.maximum(tl.div_rn(tl.max(most, 0), MOST * 1.0), LEAST)
-    tl.store(scales + row, scale)
-    for start in range(0, inputs, BLOCK):
-        k = start + tl.arange(0, BLOCK)
-        value = tl.load(x + row * inputs + k, mask=k < inputs, other=0.0).to(tl.float32)
-        code = _rounded(tl.div_rn(value, tl.zeros_like(value) + scale))
-        code = tl.minimum(tl.maximum(code, -MOST - 1.0), MOST * 1.0)
-        tl.store(codes + row * inputs + k, code.to(tl.int8), mask=k < inputs)
-
-
-@triton.jit
-def _integer_products(  # type: ignore[no-untyped-def]
-    codes, scales, words, scale, bias, y, rows, outputs, inputs, width,
-    BITS: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
-    for start in range(0, inputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        here = (m[:, None] < rows) & (k[None, :] < inputs)
-        block = tl.load(codes + m[:, None].to(tl.int64) * inputs + k[None, :], mask=here, other=0)
-        real = (n[None, :] < outputs) & (k[:, None] < inputs)
-        if PACKED:
-            row = tl.where(n < outputs, n, 0)[None, :].to(tl.int64) * width
-            weight = _codes(words, row, 1, tl.where(k < inputs, k, 0)[:, None], BITS) - (1 << (BITS - 1))
-            weight = tl.where(real, weight, 0).to(tl.int8)
-        else:
-            weight = tl.load(words + n[None, :].to(tl.int64) * inputs + k[:, None], mask=real, other=0)
-        total = tl.dot(block, weight, total)
-    result = total.to(tl.float32) * tl.load(scales + m, mask=m < rows, other=0.0)[:, None]
-    result *= tl.load(scale + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    inside = (m[:, None] < rows) & (n[None, :] < outputs)
-    tl.store(y + m[:, None].to(tl.int64) * outputs + n[None, :], result.to(y.dtype.element_ty), mask=inside)
-
-
 def _rows_a_block(rows: int) -> int:
     return 16 if rows <= 16 else 32 if rows <= 32 else 64
 
@@ -161,21 +108,4 @@ def dequantized(weight: PackedWeight, y: torch.Tensor) -> None:
     _dequantized[(triton.cdiv(inputs, 128), triton.cdiv(outputs, 16))](
         *(weight.words, weight.scale, zero, y, outputs, inputs, weight.words.shape[1], groups),
         **macros, BLOCK_N=16, BLOCK_K=128,
-    )  # fmt: skip
-
-
-def integer_products(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y: torch.Tensor) -> None:
-    """x [rows, inputs], quantized a row, times a symmetric weight with one scale a row, into y [rows, outputs]."""
-    (rows, inputs), outputs = x.shape, weight.shape[0]
-    assert weight.scheme.activations is not None
-    codes = torch.empty(rows, inputs, dtype=torch.int8, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    most = 2 ** (weight.scheme.activations.bits - 1) - 1
-    _quantized_rows[(rows,)](x, codes, scales, inputs, MOST=most, LEAST=1e-5, BLOCK=1024)
-    block_m, block_n = _rows_a_block(rows), 64
-    _integer_products[(triton.cdiv(outputs, block_n), triton.cdiv(rows, block_m))](
-        *(codes, scales, weight.words, weight.scale, weight.scale if bias is None else bias, y),
-        *(rows, outputs, inputs, weight.words.shape[1]),
-        BITS=weight.scheme.weights.bits, PACKED=is_packed(weight.scheme), BIAS=bias is not None,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=64,
     )  # fmt: skip

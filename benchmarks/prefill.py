@@ -1,0 +1,413 @@
+"""Time of linears with quantized activations at many rows on this GPU, beside cuBLAS, in one process.
+
+    python -m benchmarks.prefill --output benchmarks/results/kernels/prefill.json
+    python -m benchmarks.prefill --tune --output tune.json     # which tiles are best: what mbq/kernels/int8.py holds
+    python -m benchmarks.prefill --peers humming               # pip install humming-kernels
+
+Shapes are those of a Qwen2-7B decoder layer (qkv, o, gate_up, down) and of a vision tower's MLP. A time is the median
+over replays of a CUDA graph that goes once round copies of the weight larger than the L2. "Layer" is the sum of the
+four. Every product is compared with exact integers before it is timed; what fails is printed and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from mbq.kernels import int8
+from mbq.kernels.int8 import Tiles
+from mbq.kernels.packed import PackedWeight
+from mbq.qtensor import quantize_activations
+from mbq.scheme import SCHEMES, Scheme
+
+LAYER = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
+VISION = {"vision up": (4304, 1152), "vision down": (1152, 4304)}
+SHAPES = {**LAYER, **VISION}
+ROWS = (128, 512, 2048, 8192)
+QUANTIZED = ("W4A8", "W8A8")
+ROTATE_BYTES = 160 * 2**20  # several times the L2
+COMPILERS = 28  # processes that compile at once
+
+# What --tune tries, for 4-bit and for 8-bit weights.
+CANDIDATES: dict[str, tuple[Tiles, ...]] = {
+    "W4A8": (
+        Tiles(128, 128, 128, stages=4, programs=2),
+        Tiles(128, 128, 128, stages=3, programs=2),
+        Tiles(128, 128, 256, stages=2, programs=2),
+        Tiles(64, 256, 128, stages=4, programs=2),
+        Tiles(256, 64, 128, stages=3, programs=2),
+        Tiles(64, 128, 128, stages=4, programs=3),
+        Tiles(64, 128, 128, stages=6, programs=2),
+        Tiles(128, 256, 128, warps=8, stages=5),
+        Tiles(128, 256, 128, warps=8, stages=6),
+        Tiles(128, 256, 256, warps=8, stages=3),
+        Tiles(256, 128, 128, warps=8, stages=5),
+        Tiles(128, 128, 256, warps=8, stages=4),
+        Tiles(128, 128, 128, stages=4, programs=2, group=8),
+        Tiles(128, 256, 128, warps=8, stages=5, group=8),
+    ),
+    "W8A8": (
+        Tiles(128, 256, 128, warps=8, stages=4, weight_first=False),
+        Tiles(128, 256, 128, warps=8, stages=3, weight_first=False),
+        Tiles(128, 256, 256, warps=8, stages=2, weight_first=False),
+        Tiles(256, 128, 128, warps=8, stages=4, weight_first=False),
+        Tiles(128, 256, 128, warps=8, stages=4),
+        Tiles(256, 128, 128, warps=8, stages=4),
+        Tiles(128, 128, 128, stages=3, programs=2, weight_first=False),
+        Tiles(128, 128, 128, stages=3, programs=2),
+        Tiles(64, 128, 128, stages=4, programs=2),
+        Tiles(128, 256, 128, stages=3, weight_first=False, specialize=True),
+        Tiles(128, 256, 128, stages=4, weight_first=False, specialize=True),
+        Tiles(256, 128, 128, stages=4, weight_first=False, specialize=True),
+        Tiles(128, 128, 128, stages=4, weight_first=False, specialize=True),
+        Tiles(128, 256, 128, warps=8, stages=4, weight_first=False, group=8),
+    ),
+}
+
+
+# ---- time ----
+
+
+def microseconds(calls: list[Callable[[], Any]], repeats: int) -> float:
+    """A call's time: the median of ``repeats`` replays of a CUDA graph of ``calls``, one after the other."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    times = []
+    for _ in range(repeats + 2):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / len(calls))
+    return statistics.median(times[2:])
+
+
+def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """``tensor`` and clones of it, together larger than the L2."""
+    return [tensor, *(tensor.clone() for _ in range(min(31, ROTATE_BYTES // tensor.nbytes)))]
+
+
+# ---- weights ----
+
+
+def random_weight(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, PackedWeight]:
+    """int8 codes over their whole range, and the prepared weight."""
+    from mbq.kernels.packed import pack_weight
+    from mbq.qtensor import QTensor
+
+    half = 2 ** (scheme.weights.bits - 1)
+    codes = torch.randint(-half, half, shape, dtype=torch.int8, device="cuda")
+    scale = (torch.rand(shape[0], 1, device="cuda") * 0.01 + 0.001).to(dtype)
+    return codes, int8.prepare(pack_weight(QTensor(codes, scale, None, scheme.weights), scheme))
+
+
+def with_words(weight: PackedWeight, words: torch.Tensor) -> PackedWeight:
+    return PackedWeight(words, weight.scale, None, weight.shape, weight.scheme)
+
+
+def wrong(y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, weight: PackedWeight) -> int:
+    """How many of the first and last rows' products are further from the exact ones than a rounding."""
+    assert weight.scheme.activations is not None
+    some = torch.cat([torch.arange(min(len(x), 64)), torch.arange(max(0, len(x) - 64), len(x))]).to(x.device)
+    x_codes, scale = quantize_activations(x[some], weight.scheme.activations)
+    exact = x_codes.double() @ codes.double().T * scale.double() * weight.scale.double().T
+    kind = torch.finfo(y.dtype)
+    bound = (kind.eps / 2 * 1.001 + 1e-6) * exact.abs() + kind.eps * kind.tiny
+    return int((~((y[some].double() - exact).abs() <= bound)).sum())
+
+
+# ---- tuning ----
+
+
+def compiled_and_checked(name: str, tiles: Tiles, dtype: torch.dtype) -> str | None:
+    """None if ``tiles`` compile and are exact, whole and shared; else what is wrong. Fills Triton's cache on disk."""
+    outputs, inputs = 2 * tiles.outputs + 16, 3584
+    codes, weight = random_weight(SCHEMES[name], (outputs, inputs), dtype)
+    count = int8.multiprocessors(torch.device("cuda", 0))
+    for processors in (1, count):
+        int8.multiprocessors = lambda device, n=processors: n  # type: ignore[assignment]
+        for rows in (tiles.rows + 8, 4 * tiles.rows):
+            x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
+            y = torch.full((rows, outputs), torch.nan, dtype=dtype, device="cuda")
+            int8.products(x, weight, None, y, tiles)
+            bad = wrong(y, x, codes, weight)
+            if bad:
+                return f"{bad} products are wrong with {rows} rows on {processors} multiprocessors"
+    return None
+
+
+def _worker(name: str, tiles: Tiles, dtype: torch.dtype, queue: Any) -> None:
+    try:
+        queue.put(compiled_and_checked(name, tiles, dtype))
+    except Exception as error:
+        queue.put(f"{type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}")
+
+
+def _in_process(name: str, tiles: Tiles, dtype: torch.dtype, seconds: float) -> str | None:
+    """``compiled_and_checked`` in a process of its own, which may crash or hang."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_worker, args=(name, tiles, dtype, queue), daemon=True)
+    process.start()
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            try:
+                return queue.get(timeout=1)
+            except Empty:
+                if not process.is_alive() and queue.empty():
+                    return f"crashed with status {process.exitcode}"
+        return f"hung for {seconds:.0f} s"
+    finally:
+        process.kill()
+
+
+def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], None]) -> list[dict[str, Any]]:
+    """A row a scheme, shape and number of rows: microseconds of the linear for every candidate, best first.
+
+    What is found so far is saved after every shape: a candidate that hangs takes nothing else with it.
+    """
+    jobs = [(name, tiles) for name in QUANTIZED for tiles in CANDIDATES[name]]
+    begun, processors = time.monotonic(), int8.multiprocessors(torch.device("cuda", 0))
+    with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+        reasons = list(pool.map(lambda job: _in_process(*job, dtype, args.patience), jobs))
+    print(f"{len(jobs)} candidates compiled and checked in {time.monotonic() - begun:.0f} s", flush=True)
+    for (name, tiles), reason in zip(jobs, reasons, strict=True):
+        if reason is not None:
+            print(f"left out: {name} {tiles}: {reason}", flush=True)
+    good = [job for job, reason in zip(jobs, reasons, strict=True) if reason is None]
+    found: list[dict[str, Any]] = []
+    best_sum: dict[tuple[str, int], float] = {}
+    for name in QUANTIZED:
+        for shape_name, shape in SHAPES.items():
+            _, weight = random_weight(SCHEMES[name], shape, dtype)
+            weights = [with_words(weight, words) for words in copies_of(weight.words)]
+            for rows in args.rows:
+                times = []
+                for tiles in (tiles for other, tiles in good if other == name):
+                    try:
+                        took = tiles_time(weights, tiles, rows, dtype, args.repeats)
+                    except Exception as error:
+                        print(f"{name} {shape_name} {rows} {tiles}: {str(error).splitlines()[0][:150]}", flush=True)
+                        continue
+                    times.append((took, tiles))
+                times.sort(key=lambda pair: pair[0])
+                if not times:
+                    continue
+                operations = 2 * rows * shape[0] * shape[1]
+                took, tiles = times[0]
+                print(f"{name} {shape_name} M={rows}: {took:.1f} us, {operations / took / 1e6:.0f} TOPS", flush=True)
+                for other, its in times[:3]:
+                    print(f"    {other:8.1f}  {_short(its)}", flush=True)
+                _, whole, shared = int8.plan(rows, *shape, tiles, processors)
+                if shared:
+                    int8.SPLIT_GAIN, usual = 2**31, int8.SPLIT_GAIN
+                    alone = tiles_time(weights, tiles, rows, dtype, args.repeats)
+                    int8.SPLIT_GAIN = usual
+                    print(f"    {alone:8.1f}  the best if it does not share {shared} of its {whole + shared} tiles")
+                if shape_name in LAYER:
+                    best_sum[name, rows] = best_sum.get((name, rows), 0) + times[0][0]
+                row = {"scheme": name, "shape": shape_name, "rows": rows}
+                found.append({**row, "times": [{"microseconds": took, **asdict(tiles)} for took, tiles in times]})
+            del weight, weights
+            save(found)
+    for (name, rows), total in best_sum.items():
+        print(f"{name} M={rows}: a layer with the best of each shape {total:.0f} us; with one for all four:")
+        _print_single_choice(found, name, rows)
+    return found
+
+
+def _print_single_choice(found: list[dict[str, Any]], name: str, rows: int) -> None:
+    """The candidates by the layer's sum, for a table that knows the rows only."""
+    sums: dict[str, list[float]] = {}
+    for row in found:
+        if (row["scheme"], row["rows"]) == (name, rows) and row["shape"] in LAYER:
+            for each in row["times"]:
+                tiles = Tiles(**{key: value for key, value in each.items() if key != "microseconds"})
+                sums.setdefault(_short(tiles), []).append(each["microseconds"])
+    complete = sorted((sum(times), tiles) for tiles, times in sums.items() if len(times) == len(LAYER))
+    for total, tiles in complete[:4]:
+        print(f"    {total:8.1f}  {tiles}")
+
+
+def _short(tiles: Tiles) -> str:
+    kind = "specialized" if tiles.specialize else f"{tiles.programs} a multiprocessor"
+    first = "w" if tiles.weight_first else "x"
+    return (
+        f"{tiles.rows}x{tiles.outputs}x{tiles.depth} {tiles.warps} warps {tiles.stages} stages, {kind}, "
+        f"{first} first, group {tiles.group}"
+    )
+
+
+def tiles_time(weights: list[PackedWeight], tiles: Tiles, rows: int, dtype: torch.dtype, repeats: int) -> float:
+    """The whole linear, quantization included."""
+    x = torch.randn(rows, weights[0].shape[1], dtype=dtype, device="cuda")
+    y = torch.empty(rows, weights[0].shape[0], dtype=dtype, device="cuda")
+    return microseconds([lambda w=w: int8.products(x, w, None, y, tiles) for w in weights], repeats)  # type: ignore[misc]
+
+
+# ---- the comparison ----
+
+
+def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """A row a way of multiplying, shape and number of rows."""
+    found: list[dict[str, Any]] = []
+
+    def add(way: str, shape: str, rows: int, took: float) -> None:
+        found.append({"way": way, "shape": shape, "rows": rows, "microseconds": took})
+
+    def attempt(way: str, shape: str, rows: int, run: Callable[[], float]) -> None:
+        try:
+            add(way, shape, rows, run())
+        except Exception as error:
+            first = str(error).splitlines()[0][:200] if str(error) else ""
+            print(f"left out: {way} {shape} M={rows}: {type(error).__name__} {first}", flush=True)
+
+    for name, shape in SHAPES.items():
+        dense = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
+        for rows in args.rows:
+            x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+            calls = [lambda x=x, w=w: F.linear(x, w) for w in dense]
+            attempt("16 bit", name, rows, lambda calls=calls: microseconds(calls, args.repeats))
+        del dense, calls
+        for scheme in QUANTIZED:
+            codes, weight = random_weight(SCHEMES[scheme], shape, dtype)
+            weights = [with_words(weight, words) for words in copies_of(weight.words)]
+            for rows in args.rows:
+                x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+                attempt(scheme, name, rows, lambda x=x, ws=weights, c=codes: linear_time(x, ws, c, args.repeats))
+                if scheme == "W8A8":
+                    attempt("quantization", name, rows, lambda x=x: quantization_time(x, args.repeats))
+                    attempt("_int_mm", name, rows, lambda x=x, ws=weights: int_mm_time(x, ws, args.repeats))
+            del weights, weight, codes
+        if "humming" in args.peers:
+            for bits in (4, 8):
+                way = f"Humming W{bits}A8"
+                try:
+                    layer = humming_layer(bits, shape, dtype)
+                except Exception as error:
+                    print(f"left out: {way} {name}: {type(error).__name__} {str(error)[:200]}", flush=True)
+                    continue
+                for rows in args.rows:
+                    x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+                    attempt(way, name, rows, lambda x=x, f=layer: microseconds([lambda: f(x)], args.repeats))
+                del layer
+    return found
+
+
+def linear_time(x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor, repeats: int) -> float:
+    """The whole linear, quantization included, once it was found exact. Raises ValueError if it is not."""
+    bad = wrong(int8.linear(x, weights[0], None), x, codes, weights[0])
+    if bad:
+        raise ValueError(f"{bad} products are wrong")
+    return microseconds([lambda w=w: int8.linear(x, w, None) for w in weights], repeats)  # type: ignore[misc]
+
+
+def quantization_time(x: torch.Tensor, repeats: int) -> float:
+    from mbq.kernels import int8_source as source
+
+    several = copies_of(x)
+    return microseconds([lambda x=x: source.quantize(x, 8) for x in several], repeats)  # type: ignore[misc]
+
+
+def int_mm_time(x: torch.Tensor, weights: list[PackedWeight], repeats: int) -> float:
+    """cuBLAS's int8 products, neither quantized before nor scaled after."""
+    codes = torch.randint(-128, 128, x.shape, dtype=torch.int8, device="cuda")
+    return microseconds([lambda w=w: torch._int_mm(codes, w.words.T) for w in weights], repeats)  # type: ignore[misc]
+
+
+def humming_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """humming-kernels' linear, quantization of activations included, found to be near the dense product."""
+    from humming.layer import HummingLayer
+
+    layer = HummingLayer(
+        shape_n=shape[0],
+        shape_k=shape[1],
+        weight_config={"dtype": f"int{bits}"},
+        input_config={"dtype": "int8"},
+        torch_dtype=dtype,
+    ).cuda()
+    weight = torch.randn(shape, dtype=dtype, device="cuda") * 0.02
+    layer.load_from_unquantized(weight)
+    layer.transform()
+    x = torch.randn(64, shape[1], dtype=dtype, device="cuda")
+    expected = F.linear(x, weight).float()
+    distance = (layer(x).float() - expected).norm() / expected.norm()
+    if not distance < (0.2 if bits == 4 else 0.05):
+        raise ValueError(f"it is {distance:.2f} away from the dense product")
+    return layer
+
+
+def table(found: list[dict[str, Any]]) -> list[str]:
+    """A line a number of rows and shape, and the layer's sum with ratios to 16 bit."""
+    ways = list(dict.fromkeys(row["way"] for row in found))
+    times = {(row["way"], row["shape"], row["rows"]): row["microseconds"] for row in found}
+    lines = ["microseconds".ljust(24) + "".join(way.rjust(16) for way in ways)]
+    for rows in sorted({row["rows"] for row in found}):
+        for shape in SHAPES:
+            cells = "".join(f"{times.get((way, shape, rows), float('nan')):16.1f}" for way in ways)
+            lines.append(f"M={rows} {shape}".ljust(24) + cells)
+        sums = {way: sum(times.get((way, shape, rows), float("nan")) for shape in LAYER) for way in ways}
+        lines.append(f"M={rows} layer".ljust(24) + "".join(f"{sums[way]:16.1f}" for way in ways))
+        dense = sums.get("16 bit", float("nan"))
+        lines.append(f"M={rows} 16 bit / it".ljust(24) + "".join(f"{dense / sums[way]:16.2f}" for way in ways))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="time the candidates instead of the comparison")
+    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--patience", type=float, default=90, help="seconds until a candidate counts as hung")
+    parser.add_argument("--peers", nargs="*", default=[], choices=["humming"])
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("It measures a GPU, and torch sees none.")
+    dtype = getattr(torch, args.dtype)
+
+    def save(found: list[dict[str, Any]]) -> None:
+        if args.output is None:
+            return
+        report: dict[str, Any] = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "dtype": args.dtype,
+        }
+        report["tune" if args.tune else "runs"] = found
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+    if args.tune:
+        save(tune(args, dtype, save))
+    else:
+        found = measure(args, dtype)
+        save(found)
+        print("\n".join(table(found)))
+
+
+if __name__ == "__main__":
+    main()
