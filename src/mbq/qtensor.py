@@ -109,10 +109,15 @@ def _parameters(weight: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tenso
     low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
     if scheme.symmetric:
         absmax = torch.maximum(-low, high)
-        return grouped, _stored(absmax / (2 ** (scheme.bits - 1) - 1), weight.dtype), None
+        return grouped, _stored(_divided(absmax, 2 ** (scheme.bits - 1) - 1), weight.dtype), None
     levels = 2**scheme.bits - 1
-    scale = _stored((high - low) / levels, weight.dtype)
+    scale = _stored(_divided(high - low, levels), weight.dtype)
     return grouped, scale, (-low / scale).round_().clamp_(0, levels)
+
+
+def _divided(values: torch.Tensor, divisor: int) -> torch.Tensor:
+    """By a tensor: a number torch would turn into its reciprocal on a GPU, where codes would differ from the CPU's."""
+    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -133,5 +138,5 @@ def _activation_codes(x: torch.Tensor, scheme: ActivationScheme) -> tuple[torch.
     most = 2 ** (scheme.bits - 1) - 1
     x = x.to(torch.float32)
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    scale = torch.maximum(-low, high).div_(most).clamp_(min=_LEAST_SCALE)
+    scale = _divided(torch.maximum(-low, high), most).clamp_(min=_LEAST_SCALE)
     return (x / scale).round_().clamp_(-most - 1, most), scale
