@@ -16,8 +16,9 @@ def test_every_kernel_and_scheme_has_an_answer_that_loading_agrees_with() -> Non
     reasons = doctor.kernel_reasons(cpu, torch.float32)
     assert reasons.keys() == KERNELS.keys()
     for scheme in SCHEMES.values():
-        running = [name for name in KERNELS if reasons[name][scheme.name] is None]
-        assert choose("auto", scheme, doctor.SHAPE, cpu, torch.float32) == running[0]
+        taken = choose("auto", scheme, doctor.SHAPE, cpu, torch.float32)
+        assert taken == "reference"  # Triton may run, but in its interpreter
+        assert reasons[taken][scheme.name] is None
     assert reasons["cuda"]["W3A16"] == "it needs an NVIDIA GPU, and the weight is on cpu"
     assert not any(reasons["reference"].values())
 

@@ -103,7 +103,7 @@ def test_repr_names_scheme_and_kernel() -> None:
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(MBQError, match="Unknown kernel 'marlin'; choose auto or one of cuda, cuda, triton"):
+    with pytest.raises(MBQError, match="Unknown kernel 'marlin'; choose auto or one of cuda, triton, reference"):
         layer(SCHEMES["W3A16"], torch.float32)[0].use("marlin")
 
 
