@@ -197,18 +197,20 @@ def test_the_source_multiplies_on_the_cpu(
 ) -> None:
     """decode.cu itself, a thread for every CUDA thread: what its lanes read, add and write, and nothing beside it."""
     scheme = weight_only(bits, group_size, symmetric)
-    outputs, inputs = (264, 128) if rows == 2 else (72, 384 if group_size == 128 else 320)
+    outputs, inputs = (264, 128) if rows == 2 else (104 if rows > 8 else 72, 384 if group_size == 128 else 320)
     q, packed = random_weight(scheme, outputs, inputs, dtype)
     weight = cuda.prepare(packed)
     tiles, units = weight.words.shape[:2]
-    library = emulated(tmp_path, {**dict(cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs)), "WARPS": 2})
+    sub = 2 if rows > 8 else 1
+    options = cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs, sub)
+    library = emulated(tmp_path, {**dict(options), "WARPS": 2})
     pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr())
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
-    for blocks in (5, 9) if rows == 2 else (1, 2, 3):
+    for blocks in (5, 9) if rows == 2 else (1, 2) if rows > 8 else (1, 2, 3):
         y = torch.full((rows + 1, outputs), 7.0).to(dtype)
         library.run_linear(
             *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs),
-            cuda.plan(tiles, units, blocks, rows),
+            cuda.plan(tiles // sub, units, blocks, rows),
         )
         check_result(y[:rows], q, x, bias)
         assert (y[rows] == 7).all()
@@ -280,7 +282,7 @@ def test_products_are_those_of_the_dense_weight(
     if reason:
         pytest.skip(reason)
     for rows in (1, 2, 7, 8, 9, 16, 17, 40):
-        for outputs, inputs in ((8, 128), (64, 256), (1000, 384), (40, 2176), (4104, 1024), (4608, 128)):
+        for outputs, inputs in ((8, 128), (64, 256), (1000, 384), (40, 2176), (4104, 1024), (4608, 128), (38000, 256)):
             check_products(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
     if group_size == 32:
         check_products(scheme, 3, 72, 160, dtype, bias=True)

@@ -98,7 +98,7 @@ class PackedDecoder:
         """Of every tensor outside the decoder's blocks."""
         blocks = {id(tensor) for tensor in (*self.decoder.layers.parameters(), *self.decoder.layers.buffers())}
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if id(tensor) not in blocks:
                 raw = tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy()
                 digest.update(f"{name} {tensor.dtype} {tensor.device}".encode() + raw.tobytes())

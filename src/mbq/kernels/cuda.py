@@ -15,7 +15,7 @@ With 3 bits the three words of a row and lane have 16 slots, a half of 16 bits:
 Where in the mantissa a slot is read depends on the type (``slots``); pairs fill the slots in the order of that bit, so
 that the two pairs of an mma step are read at one bit. For float16: slots 0 3 5 8 10 13, 1 4 6 9 11 14, 2 7 12 15.
 
-Scales and zeros of a unit are [groups, g, 4 rows, 2], in the dtype of the scales: a lane reads those of its rows at once.
+Scales and zeros of a unit are [groups, g, 4 rows, 2], in the dtype of the scales: a lane reads its rows' at once.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
 
 
 def prepare(weight: PackedWeight) -> PackedWeight:
-    """Words [tiles, units, bits, 32, 4]; scales beside zeros [tiles, units, groups a unit, 8, 4, 2], or [tiles, 8, 4, 2].
+    """Words [tiles, units, bits, 32, 4]; scales beside zeros [tiles, units, groups a unit, 8, 4, 2].
 
-    The latter with one scale a row. ``zero_point`` is None then, also where the scheme has zero points.
+    With one scale a row they are [tiles, 8, 4, 2]. ``zero_point`` is None then, also where the scheme has zero points.
     """
     q, bits, size = unpack_weight(weight), weight.scheme.weights.bits, weight.scheme.weights.group_size
     codes = q.codes if q.zero_point is not None else q.codes.to(torch.int16) + 2 ** (bits - 1)
@@ -133,8 +133,10 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         raise MBQError(f"The bias is {bias.dtype} and x is {x.dtype}; load the model with one dtype.")
     tiles, units = weight.words.shape[:2]
     index = x.device.index or 0
-    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs)
-    blocks = max(min(_processors(index), tiles), -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
+    sub = tiles_a_band(tiles, rows, _processors(index))
+    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs, sub)
+    bands = tiles // sub
+    blocks = max(min(_processors(index), bands), -(-bands // WARPS))  # a warp's run meets two bands at most
     function = _function("linear", options, index)
     arguments = [
         ctypes.c_void_p(x.data_ptr()),
@@ -142,7 +144,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         ctypes.c_void_p(y.data_ptr()),
         *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
-        plan(tiles, units, blocks, rows),
+        plan(bands, units, blocks, rows),
     ]
     function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
     return y
@@ -168,15 +170,22 @@ class _Weight(ctypes.Structure):
 
 
 class _Plan(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint) for name in ("units", "tiles", "more", "inverse", "log_rows")]
+    _fields_ = [(name, ctypes.c_uint) for name in ("units", "bands", "more", "inverse", "log_rows")]
 
 
-def plan(tiles: int, units: int, blocks: int, rows: int) -> _Plan:
-    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for all units of 16 tiles of 2 million inputs."""
-    return _Plan(units, tiles // blocks, tiles % blocks, (2**32 // units + 1) % 2**32, (rows - 1).bit_length())
+def plan(bands: int, units: int, blocks: int, rows: int) -> _Plan:
+    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for units of 16 bands of 2 million inputs."""
+    return _Plan(units, bands // blocks, bands % blocks, (2**32 // units + 1) % 2**32, (rows - 1).bit_length())
 
 
-def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
+def tiles_a_band(tiles: int, rows: int, processors: int) -> int:
+    """Two tiles share what x costs, where a block has enough of them that halves of its work are not missed."""
+    return 2 if rows > 8 and tiles % 2 == 0 and tiles >= 8 * processors else 1
+
+
+def _options(
+    scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int, sub: int = 1
+) -> tuple[tuple[str, int], ...]:
     """The macros of ``decode.cu``."""
     bits = scheme.weights.bits
     return (
@@ -186,6 +195,7 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> t
         ("COLUMNS", columns),
         ("WARPS", WARPS),
         ("DEPTH", 1 if bits == 8 else 2),
+        ("SUB", sub),
         ("EXACT", int(inputs % UNIT == 0)),
     )
 
@@ -194,7 +204,8 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> t
 def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
     source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
     library = compiled.library(source, "decode.cu", _architecture(index), options)
-    return compiled.Function(library, name, WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0)
+    shared = WARPS * 2 * dict(options)["SUB"] * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
+    return compiled.Function(library, name, shared)
 
 
 @cache
