@@ -251,7 +251,7 @@ def check_result(y: torch.Tensor, q: QTensor, x: torch.Tensor, bias: torch.Tenso
     expected = x.double() @ dense.T + (0 if bias is None else bias.double())
     eps = torch.finfo(y.dtype).eps
     bound = eps * expected.abs() + 1e-6
-    if len(x) > cuda.DECODE_ROWS:
+    if len(x) > cuda.PACKED_ROWS:
         bound += eps * (x.double().abs() @ dense.abs().T)
     else:
         scale = q.scale.double().repeat_interleave(x.shape[1] // q.scale.shape[1], dim=1)
@@ -281,7 +281,7 @@ def test_products_are_those_of_the_dense_weight(
     reason = cuda.supports(scheme, (8, 128), torch.device("cuda"), dtype)
     if reason:
         pytest.skip(reason)
-    for rows in (1, 2, 7, 8, 9, 16, 17, 40):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 40, 70):
         for outputs, inputs in ((8, 128), (64, 256), (1000, 384), (40, 2176), (4104, 1024), (4608, 128), (38000, 256)):
             check_products(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
     if group_size == 32:
@@ -323,6 +323,17 @@ def test_strided_and_misaligned_inputs_graphs_and_streams() -> None:
     assert torch.equal(y, linear(expected[:, :512].contiguous(), weight, None, "cuda"))
     compiled_linear = torch.compile(lambda x: linear(x, weight, None, "cuda").relu(), fullgraph=True)
     assert torch.equal(compiled_linear(x), expected.relu())
+
+
+@GPU
+@pytest.mark.gpu
+def test_another_dtype_than_the_scales_is_answered_in_a_sentence() -> None:
+    _, packed = random_weight(SCHEMES["W3A16"], 64, 256, torch.float16, "cuda")
+    weight, x = cuda.prepare(packed), torch.randn(2, 256, dtype=torch.float16, device="cuda")
+    with pytest.raises(MBQError, match="x is bfloat16, and the weight's scales are float16; load the model with one"):
+        linear(x.bfloat16(), weight, None, "cuda")
+    with pytest.raises(MBQError, match="The bias is float32, and the weight's scales are float16"):
+        linear(x, weight, torch.zeros(64, device="cuda"), "cuda")
 
 
 @GPU

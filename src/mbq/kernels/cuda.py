@@ -34,7 +34,7 @@ from mbq.scheme import Scheme
 
 TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
-DECODE_ROWS = 16  # more rows of x go through a dense weight
+LAUNCH_ROWS, PACKED_ROWS = 16, 64  # rows of x that a launch takes; more than the latter go through a dense weight
 
 
 def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -118,36 +118,47 @@ def _in_units(values: torch.Tensor, group_size: int | None) -> torch.Tensor:
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., inputs] to [..., outputs] in x's dtype. Sums are float32."""
+    """x [..., inputs] to [..., outputs] in x's dtype. Sums are float32.
+
+    Raises MBQError where x or the bias is of another dtype than the scales.
+    """
     outputs, inputs = weight.shape
+    for what, tensor in (("x", x), ("The bias", bias)):
+        if tensor is not None and tensor.dtype != weight.scale.dtype:
+            kinds = f"{what} is {tensor.dtype}, and the weight's scales are {weight.scale.dtype}".replace("torch.", "")
+            raise MBQError(f"{kinds}; load the model with one dtype.")
     rows = x.numel() // inputs
-    if rows > DECODE_ROWS:
+    if rows > PACKED_ROWS:
         return F.linear(x, dense(weight), bias)
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
     y = x.new_empty(*x.shape[:-1], outputs)
-    if rows == 0:
-        return y
-    if bias is not None and bias.dtype != x.dtype:
-        raise MBQError(f"The bias is {bias.dtype} and x is {x.dtype}; load the model with one dtype.")
-    tiles, units = weight.words.shape[:2]
-    index = x.device.index or 0
+    for first in range(0, rows, LAUNCH_ROWS):
+        _multiply(x, weight, bias, y, first, min(rows - first, LAUNCH_ROWS))
+    return y
+
+
+def _multiply(
+    x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y: torch.Tensor, first: int, rows: int
+) -> None:
+    """Rows ``first`` .. ``first + rows`` of x into those of y; at most LAUNCH_ROWS, since a launch reads all words."""
+    (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
+    index, size = x.device.index or 0, x.element_size()
     sub = tiles_a_band(tiles, rows, _processors(index))
     options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs, sub)
     bands = tiles // sub
     blocks = max(min(_processors(index), bands), -(-bands // WARPS))  # a warp's run meets two bands at most
-    function = _function("linear", options, index)
     arguments = [
-        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(x.data_ptr() + first * inputs * size),
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
-        ctypes.c_void_p(y.data_ptr()),
+        ctypes.c_void_p(y.data_ptr() + first * outputs * size),
         *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
         plan(bands, units, blocks, rows),
     ]
+    function = _function("linear", options, index)
     function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
-    return y
 
 
 def dense(weight: PackedWeight) -> torch.Tensor:
