@@ -158,6 +158,7 @@ def _gains(families: Sequence[Family], calibration: str) -> str:
         *(f"{kind}: less {METHOD_NAMES[rival]}" for kind in ("image", "text") for rival in RIVALS),
     ]
     rows, sentences = [], []
+    gains: dict[str, list[Interval]] = {rival: [] for rival in RIVALS}
     for family in families:
         for scheme in family.schemes:
             mbq = family.runs.get((scheme, MBQ))
@@ -170,7 +171,19 @@ def _gains(families: Sequence[Family], calibration: str) -> str:
                     cells.append(mbq.minus(other, tasks).percent(signed=True) if tasks else "")
             rows.append([FAMILY_NAMES[family.name], scheme, *cells])
             sentences.append(f"- {_sentence(family, scheme, mbq)}")
-    return "\n".join([*lines, markdown(header, rows), "\nIn words, for the image tasks:\n", *sentences, ""])
+            for rival in RIVALS:
+                gains[rival].append(mbq.minus(family.runs[scheme, rival], family.groups["image"]))
+    counted = [f"In words, for the image tasks ({_count(gains)}):\n"]
+    return "\n".join([*lines, markdown(header, rows), "", *counted, *sentences, ""])
+
+
+def _count(gains: dict[str, list[Interval]]) -> str:
+    """In how many cases MBQ is surely ahead and behind."""
+    texts = []
+    for rival, found in gains.items():
+        ahead, behind = sum(gain.low > 0 for gain in found), sum(gain.high < 0 for gain in found)
+        texts.append(f"surely ahead of {METHOD_NAMES[rival]} in {ahead} of {len(found)} cases, behind in {behind}")
+    return "; ".join(texts)
 
 
 def _sentence(family: Family, scheme: str, mbq: Measured) -> str:
