@@ -145,17 +145,15 @@ def _multiply(
     """Rows ``first`` .. ``first + rows`` of x into those of y; at most LAUNCH_ROWS, since a launch reads all words."""
     (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
     index, size = x.device.index or 0, x.element_size()
-    sub = tiles_a_band(tiles, rows, _processors(index))
-    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs, sub)
-    bands = tiles // sub
-    blocks = max(min(_processors(index), bands), -(-bands // WARPS))  # a warp's run meets two bands at most
+    options = _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs)
+    blocks = max(min(_processors(index), tiles), -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
     arguments = [
         ctypes.c_void_p(x.data_ptr() + first * inputs * size),
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         ctypes.c_void_p(y.data_ptr() + first * outputs * size),
         *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
-        plan(bands, units, blocks, rows),
+        plan(tiles, units, blocks, rows),
     ]
     function = _function("linear", options, index)
     function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
@@ -181,22 +179,15 @@ class _Weight(ctypes.Structure):
 
 
 class _Plan(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint) for name in ("units", "bands", "more", "inverse", "log_rows")]
+    _fields_ = [(name, ctypes.c_uint) for name in ("units", "tiles", "more", "inverse", "log_rows")]
 
 
-def plan(bands: int, units: int, blocks: int, rows: int) -> _Plan:
-    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for units of 16 bands of 2 million inputs."""
-    return _Plan(units, bands // blocks, bands % blocks, (2**32 // units + 1) % 2**32, (rows - 1).bit_length())
+def plan(tiles: int, units: int, blocks: int, rows: int) -> _Plan:
+    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for units of 16 tiles of 2 million inputs."""
+    return _Plan(units, tiles // blocks, tiles % blocks, (2**32 // units + 1) % 2**32, (rows - 1).bit_length())
 
 
-def tiles_a_band(tiles: int, rows: int, processors: int) -> int:
-    """Two tiles share what x costs, where a block has enough of them that halves of its work are not missed."""
-    return 2 if rows > 8 and tiles % 2 == 0 and tiles >= 8 * processors else 1
-
-
-def _options(
-    scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int, sub: int = 1
-) -> tuple[tuple[str, int], ...]:
+def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
     """The macros of ``decode.cu``."""
     bits = scheme.weights.bits
     return (
@@ -206,7 +197,6 @@ def _options(
         ("COLUMNS", columns),
         ("WARPS", WARPS),
         ("DEPTH", 1 if bits == 8 else 2),
-        ("SUB", sub),
         ("EXACT", int(inputs % UNIT == 0)),
     )
 
@@ -215,7 +205,7 @@ def _options(
 def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
     source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
     library = compiled.library(source, "decode.cu", _architecture(index), options)
-    shared = WARPS * 2 * dict(options)["SUB"] * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
+    shared = WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
     return compiled.Function(library, name, shared)
 
 

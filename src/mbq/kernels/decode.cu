@@ -9,7 +9,6 @@
 //   COLUMNS  8 or 16: the most rows of x (the columns of the mma)
 //   WARPS    warps a block
 //   DEPTH    units a warp has in flight
-//   SUB      1 or 2 tiles of 32 rows that are multiplied with x at once: two share what x costs
 //   EXACT    1: inputs are a multiple of 128
 //
 // Decode reads every weight once, so time is bytes over bandwidth, unless the instructions that turn codes into floats
@@ -26,8 +25,8 @@
 //
 // - Columns of the mma that hold no row of x repeat the last one; what they give is not stored.
 //
-// A block owns consecutive bands, of one or two tiles of 32 rows, its warps equal runs along the inputs of the bands.
-// A run meets two bands at most; partial sums meet in shared memory once, at the end, and are added in a fixed order.
+// A block owns consecutive tiles of 32 rows, its warps equal runs of the tiles' units, which are consecutive in memory.
+// A run meets two tiles at most; partial sums meet in shared memory once, at the end, and are added in a fixed order.
 // The weights of the first units are loaded before the previous kernel's end is waited for (programmatic dependent launch).
 // A small layer takes a few microseconds, of which an integer division is a twentieth: the host divides.
 
@@ -152,10 +151,10 @@ __device__ constexpr int offset_of(int s) {
 // Step s of a unit, two pairs of inputs. b[n] are a lane's 32 inputs of one row of x, as 16 pairs.
 //   acc   sum x * (offset + code)
 //   sum   sum x, for each offset by itself: c0, c1 (and c2, c3 again) are those of columns 2t, 2t + 1
-template <bool SUMS, int s, int end, int OFFSETS>
+template <int s, int end, int OFFSETS>
 __device__ __forceinline__ void steps(float (&acc)[2][NT][4], float (&sum)[OFFSETS][NT][4], const u32 (&w)[4][BITS], const u32 (&b)[NT][16]) {
 #pragma unroll
-  for (int n = 0; n < (SUMS ? NT : 0); n++) mma(sum[offset_of(s)][n], ONE, ONE, ONE, ONE, b[n][2 * s], b[n][2 * s + 1]);
+  for (int n = 0; n < NT; n++) mma(sum[offset_of(s)][n], ONE, ONE, ONE, ONE, b[n][2 * s], b[n][2 * s + 1]);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u32 a0 = pair<2 * s>(w[2 * half]), a1 = pair<2 * s>(w[2 * half + 1]);
@@ -163,7 +162,7 @@ __device__ __forceinline__ void steps(float (&acc)[2][NT][4], float (&sum)[OFFSE
 #pragma unroll
     for (int n = 0; n < NT; n++) mma(acc[half][n], a0, a1, a2, a3, b[n][2 * s], b[n][2 * s + 1]);
   }
-  if constexpr (s + 1 < end) steps<SUMS, s + 1, end>(acc, sum, w, b);
+  if constexpr (s + 1 < end) steps<s + 1, end>(acc, sum, w, b);
 }
 
 // all += sum x and weighted += sum x * offset, of column e, over the offsets of steps s .. end - 1
@@ -197,13 +196,11 @@ struct Cursor {
   __device__ __forceinline__ Cursor(const Weight& weight, size_t unit, size_t tile, u32 lane)
       : words(weight.words + unit * (BITS * 32) + lane), sets(weight.sets + (GROUP ? unit * SETS : tile) * 8 + (lane >> 2)) {}
 
-  // Of tile "sub" of the band, or of the next band, the unit that is "ahead".
-  __device__ __forceinline__ void load(Unit& into, int ahead, u32 sub, bool next_band, u32 units) const {
-    const u32 on = (sub + (next_band ? SUB - 1 : 0)) * units;  // one band's last unit is followed by the next tile's first
+  __device__ __forceinline__ void load(Unit& into, int ahead, bool next_tile) const {
 #pragma unroll
-    for (int j = 0; j < BITS; j++) into.words[j] = load_once(words + on * (BITS * 32) + (ahead * BITS + j) * 32);
+    for (int j = 0; j < BITS; j++) into.words[j] = load_once(words + (ahead * BITS + j) * 32);
 #pragma unroll
-    for (int s = 0; s < SETS; s++) into.sets[s] = __ldg(sets + (GROUP ? on * SETS + ahead * SETS + s : sub + (next_band ? SUB : 0)) * 8);
+    for (int s = 0; s < SETS; s++) into.sets[s] = __ldg(sets + (GROUP ? ahead * SETS + s : next_tile) * 8);
   }
 
   __device__ __forceinline__ void advance(int by) {
@@ -231,41 +228,30 @@ __device__ __forceinline__ void set_of(float (&scale)[4], float (&zero)[4], uint
   }
 }
 
-// y += the products of a band's units with b
-template <int set> __device__ __forceinline__ void multiply(float (&y)[SUB][2][NT][4], const Unit (&units)[SUB], const u32 (&b)[NT][16]) {
-  float sum[offsets(set)][NT][4] = {}, all[NT][2] = {}, weighted[NT][2] = {};
+// y += the unit's products with b
+template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4], const u32 (&w)[4][BITS], const Unit& unit, const u32 (&b)[NT][16]) {
+  float sum[offsets(set)][NT][4] = {}, acc[2][NT][4] = {}, scale[4], zero[4];
+  steps<set * STEPS, set * STEPS + STEPS>(acc, sum, w, b);
+  set_of(scale, zero, unit.sets[set]);
 #pragma unroll
-  for (int sub = 0; sub < SUB; sub++) {
-    float acc[2][NT][4] = {}, scale[4], zero[4];
-    u32 w[4][BITS];
-    words_of(w, units[sub]);
-    if (sub == 0) {
-      steps<true, set * STEPS, set * STEPS + STEPS>(acc, sum, w, b);
+  for (int n = 0; n < NT; n++)
 #pragma unroll
-      for (int n = 0; n < NT; n++)
+    for (int e = 0; e < 2; e++) {
+      float all = 0.f, weighted = 0.f;
+      add_offsets<set * STEPS, set * STEPS + STEPS>(all, weighted, sum, n, e);
 #pragma unroll
-        for (int e = 0; e < 2; e++) add_offsets<set * STEPS, set * STEPS + STEPS>(all[n][e], weighted[n][e], sum, n, e);
-    } else {
-      steps<false, set * STEPS, set * STEPS + STEPS>(acc, sum, w, b);
+      for (int i = 0; i < 4; i++) {  // rows g + 8i
+        float& total = y[i / 2][n][i % 2 * 2 + e];
+        total = fmaf(scale[i], acc[i / 2][n][i % 2 * 2 + e] - fmaf(zero[i], all, weighted), total);
+      }
     }
-    set_of(scale, zero, units[sub].sets[set]);
-#pragma unroll
-    for (int n = 0; n < NT; n++)
-#pragma unroll
-      for (int e = 0; e < 2; e++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {  // rows g + 8i
-          float& total = y[sub][i / 2][n][i % 2 * 2 + e];
-          total = fmaf(scale[i], acc[i / 2][n][i % 2 * 2 + e] - fmaf(zero[i], all[n][e], weighted[n][e]), total);
-        }
-  }
-  if constexpr (set + 1 < SETS) multiply<set + 1>(y, units, b);
+  if constexpr (set + 1 < SETS) multiply<set + 1>(y, w, unit, b);
 }
 
-// How the work is divided; the host knows (mbq/kernels/cuda.py). A band is SUB tiles.
+// How the work is divided; the host knows (mbq/kernels/cuda.py).
 struct Plan {
   u32 units;              // of 128 inputs, rounded up: of a tile
-  u32 bands, more;        // of a block; the first "more" blocks have one more
+  u32 tiles, more;        // of 32 outputs: of a block; the first "more" blocks have one more
   u32 inverse;            // n / units is the high word of n * inverse, unless units is 1
   u32 log_rows;           // 2^log_rows is rows, rounded up
 };
@@ -273,30 +259,25 @@ struct Plan {
 // x [rows, inputs], y [rows, outputs].
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __restrict__ y, u32 rows, u32 outputs, u32 inputs, Plan plan) {
-  extern __shared__ float partial[];  // [warp, odd or even band, tile of the band, row of x, row of the tile]
+  extern __shared__ float partial[];  // [warp, odd or even tile, row of x, row of the tile]
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, units = plan.units;
-  const u32 first_band = plan.bands * blockIdx.x + min(blockIdx.x, plan.more), own_bands = plan.bands + (blockIdx.x < plan.more);
-  const u32 work = own_bands * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
-  u32 band = units == 1 ? begin : __umulhi(begin, plan.inverse), k = begin - band * units;
+  const u32 first_tile = plan.tiles * blockIdx.x + min(blockIdx.x, plan.more), own_tiles = plan.tiles + (blockIdx.x < plan.more);
+  const u32 work = own_tiles * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
+  u32 tile = units == 1 ? begin : __umulhi(begin, plan.inverse), k = begin - tile * units;
 
-  // A warp's run goes along the inputs of a band, and on into the next one, whose first tile is SUB tiles further on.
-  Unit queue[DEPTH][SUB];
-  const u32 tile = (first_band + band) * SUB, band_end = (band + 1) * units;
-  Cursor cursor(weight, (size_t)tile * units + k, tile, lane);
-  auto load = [&](int d, int ahead, u32 unit) {
-#pragma unroll
-    for (int sub = 0; sub < SUB; sub++) cursor.load(queue[d][sub], ahead, sub, unit >= band_end, units);
-  };
+  Unit queue[DEPTH];
+  Cursor cursor(weight, (size_t)first_tile * units + begin, first_tile + tile, lane);
+  const u32 tile_end = (tile + 1) * units;  // with a scale a row, the next tile's follow from there on
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (begin + d < end) load(d, d, begin + d);
+    if (begin + d < end) cursor.load(queue[d], d, begin + d >= tile_end);
   cursor.advance(DEPTH);
   wait_for_previous_kernel();
 
   const T* own_x[NT];  // a lane's inputs of the rows that are its columns
 #pragma unroll
   for (int n = 0; n < NT; n++) own_x[n] = x + (size_t)min(n * 8 + g, rows - 1) * inputs + 8 * t;
-  float sum[SUB][2][NT][4] = {};
+  float sum[2][NT][4] = {};
   auto put_down = [&]() {
 #pragma unroll
     for (int n = 0; n < NT; n++)
@@ -304,10 +285,9 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
       for (int e = 0; e < 4; e++) {
         const u32 column = n * 8 + 2 * t + (e & 1);
 #pragma unroll
-        for (int half = 0; half < 2 * SUB; half++) {
-          float& value = sum[half / 2][half % 2][n][e];
-          if (column < rows) partial[(((warp * 2 + (band & 1)) * SUB + half / 2) * rows + column) * TILE + half % 2 * 16 + (e >> 1) * 8 + g] = value;
-          value = 0.f;
+        for (int half = 0; half < 2; half++) {
+          if (column < rows) partial[((warp * 2 + (tile & 1)) * rows + column) * TILE + half * 16 + (e >> 1) * 8 + g] = sum[half][n][e];
+          sum[half][n][e] = 0.f;
         }
       }
   };
@@ -317,7 +297,7 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
     for (int d = 0; d < DEPTH; d++) {
       const u32 unit = first + d;
       if (unit >= end) break;
-      u32 b[NT][16];
+      u32 b[NT][16], w[4][BITS];
 #pragma unroll
       for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -329,12 +309,13 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
           b[n][4 * c + 2] = v.z;
           b[n][4 * c + 3] = v.w;
         }
-      multiply<0>(sum, queue[d], b);
-      if (unit + DEPTH < end) load(d, d, unit + DEPTH);
+      words_of(w, queue[d]);
+      multiply<0>(sum, w, queue[d], b);
+      if (unit + DEPTH < end) cursor.load(queue[d], d, unit + DEPTH >= tile_end);
       if (++k == units) {
         put_down();
         k = 0;
-        band++;
+        tile++;
       }
     }
     cursor.advance(DEPTH);
@@ -342,17 +323,15 @@ linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __
   if (k && begin < end) put_down();
   __syncthreads();
 
-  // A warp adds up the parts of a tile and a row of x, those of the warps whose runs met the tile's band.
-  for (u32 i = warp; i < (own_bands * SUB) << plan.log_rows; i += WARPS) {
-    const u32 m = i & ((1u << plan.log_rows) - 1), own_tile = i >> plan.log_rows, own_band = own_tile / SUB;
-    const u32 from = own_band * units, output = (first_band * SUB + own_tile) * TILE + lane;
+  // A warp adds up the parts of a tile and a row of x, those of the warps whose runs met the tile.
+  for (u32 i = warp; i < own_tiles << plan.log_rows; i += WARPS) {
+    const u32 m = i & ((1u << plan.log_rows) - 1), from = (i >> plan.log_rows) * units, output = (first_tile + (i >> plan.log_rows)) * TILE + lane;
     if (m >= rows) continue;
     float total = bias && output < outputs ? to_float(bias[output]) : 0.f;
 #pragma unroll
     for (u32 other = 0; other < WARPS; other++) {
       const u32 its_begin = work * other / WARPS, its_end = work * (other + 1) / WARPS;
-      if (its_begin < its_end && its_begin < from + units && its_end > from)
-        total += partial[(((other * 2 + (own_band & 1)) * SUB + own_tile % SUB) * rows + m) * TILE + lane];
+      if (its_begin < its_end && its_begin < from + units && its_end > from) total += partial[((other * 2 + ((i >> plan.log_rows) & 1)) * rows + m) * TILE + lane];
     }
     if (output < outputs) y[(size_t)m * outputs + output] = from_float(total);
   }
@@ -373,7 +352,7 @@ dense(Weight weight, T* __restrict__ y, u32 outputs, u32 inputs, u32 tiles, u32 
   const u32 at = blockIdx.x * 8 + (threadIdx.x >> 5);
   if (at >= tiles * units) return;
   Unit unit;
-  Cursor(weight, at, at / units, lane).load(unit, 0, 0, false, units);
+  Cursor(weight, at, at / units, lane).load(unit, 0, false);
   u32 w[4][BITS];
   words_of(w, unit);
   float scale[SETS][4], zero[SETS][4];
