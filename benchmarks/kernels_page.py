@@ -102,7 +102,7 @@ def page(stored: Path) -> str:
     for run in runs:
         parts += [_run(run), _goals(run)]
     if not runs:
-        parts.append("Nothing has been measured yet.\n")
+        parts.append("No run is stored here yet.\n")
     parts += [_quoted(), LAYOUT.format(layout=layout()), STEPS.format(steps=_steps(steps))]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -238,7 +238,7 @@ def _steps(steps: Sequence[dict[str, Any]]) -> str:
         measured = duration(own[0].microseconds) if own else ""
         predicted = duration(step["predicted"]) if step.get("predicted") else ""
         rows.append([step["step"], predicted, measured])
-    return markdown(["step", "predicted", "measured"], rows) if rows else "Nothing has been measured yet."
+    return markdown(["step", "predicted", "measured"], rows) if rows else "No run is stored here yet."
 
 
 def main() -> None:

@@ -282,7 +282,7 @@ def test_the_page_shows_runs_bars_peers_and_steps(tmp_path: Path) -> None:
 
 
 def test_the_page_can_be_written_before_anything_is_measured(tmp_path: Path) -> None:
-    assert kernels_page.page(tmp_path).count("Nothing has been measured yet.") == 2
+    assert kernels_page.page(tmp_path).count("No run is stored here yet.") == 2
 
 
 # ---- peers ----

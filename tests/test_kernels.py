@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import KERNELS, compiled, cuda
+from mbq.kernels import KERNELS, choose, compiled, cuda
 from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, pack_weight
 from mbq.qtensor import QTensor, dequantize, quantize
@@ -176,6 +176,24 @@ def test_an_unwritable_cache_is_done_without(cache: Path) -> None:
 def test_a_compilation_that_fails_says_why(cache: Path) -> None:
     with pytest.raises(compiled.CompilationError, match=r"NVRTC cannot compile k\.cu for sm_90: .*error"):
         compiled.cubin_of("what is this", "k.cu", 90, {})
+
+
+def test_a_gpu_without_a_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto then goes on to the next kernel."""
+
+    def missing(*args: object) -> None:
+        raise compiled.CompilationError("NVIDIA's cuda-bindings or NVRTC are not installed (ImportError)")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(cuda, "_function", missing)
+    cuda._warn.cache_clear()
+    place = (SCHEMES["W3A16"], (64, 256), torch.device("cuda", 0), torch.float16)
+    with pytest.warns(UserWarning, match=r"without the CUDA kernel, slower: .* not installed \(ImportError\)") as told:
+        for _ in range(3):
+            assert choose("auto", *place) in ("triton", "reference")
+    assert len(told) == 1
+    with pytest.raises(MBQError, match="The kernel 'cuda' cannot run this model: NVIDIA's cuda-bindings"):
+        choose("cuda", *place)
 
 
 # ---- the CUDA kernel in emulation ----

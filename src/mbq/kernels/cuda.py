@@ -21,6 +21,7 @@ Scales and zeros of a unit are [groups, g, 4 rows, 2], in the dtype of the scale
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache
 from importlib import resources
 
@@ -60,8 +61,15 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
     try:
         _function("linear", _options(scheme, dtype, 8, shape[1]), device.index or 0)
     except compiled.CompilationError as error:
+        _warn(str(error))
         return str(error)
     return None
+
+
+@cache
+def _warn(reason: str) -> None:
+    """Once a reason: the GPU could run the kernel, and its installation cannot make it."""
+    warnings.warn(f"Packed weights run without the CUDA kernel, slower: {reason}", stacklevel=2)
 
 
 def prepare(weight: PackedWeight) -> PackedWeight:
