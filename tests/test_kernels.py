@@ -189,8 +189,8 @@ def test_a_gpu_without_a_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatc
     cuda._warn.cache_clear()
     place = (SCHEMES["W3A16"], (64, 256), torch.device("cuda", 0), torch.float16)
     with pytest.warns(UserWarning, match=r"without the CUDA kernel, slower: .* not installed \(ImportError\)") as told:
-        for _ in range(3):
-            assert choose("auto", *place) in ("triton", "reference")
+        chosen = [choose("auto", *place) for _ in range(3)]
+    assert set(chosen) <= {"triton", "reference"}
     assert len(told) == 1
     with pytest.raises(MBQError, match="The kernel 'cuda' cannot run this model: NVIDIA's cuda-bindings"):
         choose("cuda", *place)
