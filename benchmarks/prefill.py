@@ -68,10 +68,6 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
         Tiles(128, 128, 128, stages=3, programs=2, weight_first=False),
         Tiles(128, 128, 128, stages=3, programs=2),
         Tiles(64, 128, 128, stages=4, programs=2),
-        Tiles(128, 256, 128, stages=3, weight_first=False, specialize=True),
-        Tiles(128, 256, 128, stages=4, weight_first=False, specialize=True),
-        Tiles(256, 128, 128, stages=4, weight_first=False, specialize=True),
-        Tiles(128, 128, 128, stages=4, weight_first=False, specialize=True),
         Tiles(128, 256, 128, warps=8, stages=4, weight_first=False, group=8),
     ),
 }
@@ -252,7 +248,7 @@ def _print_single_choice(found: list[dict[str, Any]], name: str, rows: int) -> N
 
 
 def _short(tiles: Tiles) -> str:
-    kind = "specialized" if tiles.specialize else f"{tiles.programs} a multiprocessor"
+    kind = f"{tiles.programs} a multiprocessor"
     first = "w" if tiles.weight_first else "x"
     return (
         f"{tiles.rows}x{tiles.outputs}x{tiles.depth} {tiles.warps} warps {tiles.stages} stages, {kind}, "

@@ -32,8 +32,6 @@ class Tiles:
     programs       that share a multiprocessor
     weight_first   the weight is the first operand of the matrix instruction: it may come from registers, and few rows
                    of x fill it; weights of up to 4 bits need it
-    specialize     one group of warps loads and others multiply (Triton's warp_specialize, Hopper only); such a kernel
-                   does not share tiles between programs
     group          tiles of x that are computed together, for the sake of the L2
     """
 
@@ -44,11 +42,11 @@ class Tiles:
     stages: int = 3
     programs: int = 1
     weight_first: bool = True
-    specialize: bool = False
     group: int = 16
 
 
-# (rows at most, tiles), for 8-bit weights and for narrower ones; chosen by ``benchmarks/prefill.py --tune``.
+# (rows at most, tiles), for 8-bit weights and for narrower ones: by what the compiler made of them, without spills; not
+# chosen by time yet, which ``benchmarks/prefill.py --tune`` measures.
 HOPPER: dict[bool, tuple[tuple[float, Tiles], ...]] = {
     False: (
         (16, Tiles(16, 128, 128, stages=6, programs=2)),
@@ -148,7 +146,7 @@ def plan(rows: int, outputs: int, inputs: int, tiles: Tiles, processors: int) ->
     places = processors * tiles.programs
     left = count % places
     saved = (steps - left * steps / places) * tiles.depth
-    if tiles.specialize or not left or saved < SPLIT_GAIN:
+    if not left or saved < SPLIT_GAIN:
         return min(count, places), count, 0
     return min(places, left * steps) if count == left else places, count - left, left
 

@@ -102,7 +102,7 @@ def _store(total, m, n, x_scale, w_scale, bias, y, rows, outputs, UNIT: tl.const
 def _products(  # type: ignore[no-untyped-def]
     x, w, x_scale, w_scale, bias, y, partial, rows, outputs, inputs, whole,
     NIBBLES: tl.constexpr, CHUNK: tl.constexpr, PTX: tl.constexpr, BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, WEIGHT_FIRST: tl.constexpr, SPECIALIZE: tl.constexpr,
+    SPLIT: tl.constexpr, WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y = x wᵀ, scaled; x and w are descriptors of codes [rows, inputs] and [outputs, inputs], or bytes of two codes.
@@ -120,7 +120,7 @@ def _products(  # type: ignore[no-untyped-def]
         first = (program * shared // programs).to(tl.int32)
         last = ((program + 1) * shared // programs).to(tl.int32)
         items = mine + tl.where(last > first, (last - 1) // steps - first // steps + 1, 0)
-    for item in tl.range(0, items, warp_specialize=SPECIALIZE):
+    for item in range(0, items):
         tile, begin, end = program + item * programs, 0, steps
         if SPLIT:
             part = first // steps + item - mine
@@ -221,7 +221,7 @@ def products(
         *(scales, w_scale, w_scale if bias is None else bias, y, scales if partial is None else partial),
         *(rows, outputs, inputs, whole),
         NIBBLES=nibbles, CHUNK=CHUNK, PTX=y.is_cuda and torch.version.hip is None, BIAS=bias is not None,
-        SPLIT=partial is not None, WEIGHT_FIRST=tiles.weight_first, SPECIALIZE=tiles.specialize,
+        SPLIT=partial is not None, WEIGHT_FIRST=tiles.weight_first,
         BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, BLOCK_K=tiles.depth, GROUP=tiles.group,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
