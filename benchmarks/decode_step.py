@@ -54,7 +54,7 @@ from mbq.checkpoint.compressed_tensors import quantization_config, replace_linea
 from mbq.fuse import FusedLinear, use_kernel
 from mbq.generation import DecodeStep
 from mbq.kernels import KERNELS
-from mbq.kernels.attention import attend, use_attention
+from mbq.kernels.attention import attend, attention, use_attention
 from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.qlinear import QuantLinear
@@ -370,18 +370,18 @@ def check_attention(step: Step, rounds: int) -> dict[str, float]:
     with each attention. Raises AssertionError where it is wrong.
     """
     step.restore()
-    attention = next(each for each in step.model.get_decoder().modules() if hasattr(each, "num_key_value_groups"))
+    module = next(each for each in step.model.get_decoder().modules() if hasattr(each, "num_key_value_groups"))
     keys, values = step.cache.layers[0].keys, step.cache.layers[0].values
     batch, kv_heads, positions, dim = keys.shape
-    groups = attention.num_key_value_groups
+    groups, scale = module.num_key_value_groups, dim**-0.5
     query = torch.randn(batch, kv_heads * groups, 1, dim, dtype=keys.dtype, device=keys.device)
     at = torch.arange(positions, device=keys.device)
     worst = 0.0
     for length in (1, positions // 3, positions - 1, positions):
         mask = (at < length).expand(batch, 1, 1, positions)
-        found = attend(attention, query, keys, values, mask, scaling=dim**-0.5)[0].double()
+        found = attention(query, keys, values, mask, scale).double()
         seen_keys, seen_values = (x[:, :, :length].double().repeat_interleave(groups, 1) for x in (keys, values))
-        weights = (query.double() @ seen_keys.mT * dim**-0.5).softmax(-1)
+        weights = (query.double() @ seen_keys.mT * scale).softmax(-1)
         wanted = (weights @ seen_values).transpose(1, 2)
         worst = max(worst, ((found - wanted).abs().max() / wanted.std()).item())
     if not worst < 0.05:
@@ -391,7 +391,7 @@ def check_attention(step: Step, rounds: int) -> dict[str, float]:
 
         def layers(function: Any = function) -> None:
             for layer in step.cache.layers:
-                function(attention, query, layer.keys, layer.values, mask, scaling=dim**-0.5)
+                function(module, query, layer.keys, layer.values, mask, scaling=scale)
 
         times[name] = alone(layers, rounds)
     return {"error": worst, **times}
@@ -419,18 +419,21 @@ def set_attention(model: Any, name: str) -> None:
 
 
 def measure(
-    step: Step, attention: str, row: dict[str, Any], args: argparse.Namespace, clock: Clock, check: bool = True
+    step: Step, which: str, row: dict[str, Any], args: argparse.Namespace, clock: Clock, check: bool = True
 ) -> None:
-    """Eager and compiled steps, their kernels, and generate, with one attention, into ``row[attention]``."""
-    say(f"  attention: {attention}")
-    model, found = step.model, row.setdefault(attention, {})
+    """Eager and compiled steps, their kernels, and generate, with one attention, into ``row[which]``."""
+    say(f"  attention: {which}")
+    model, found = step.model, row.setdefault(which, {})
     ways: dict[str, Any] = {}
+    with attempt("attention", found):
+        set_attention(model, which)
+    if "failed" in found:
+        return
     with attempt("eager", found):
-        set_attention(model, attention)
         found["eager"], _ = step.microseconds(model, args.rounds, check)
         say(f"    eager {found['eager']:.0f} us")
         ways["recorded"] = model
-    if args.compile and "eager" in found and clock.allows():
+    if args.compile and clock.allows():
         start = time.perf_counter()
         with attempt("compiled", found):
             call = compiled(model)
@@ -448,7 +451,7 @@ def measure(
     if not check:
         return
     found["generate"] = {}
-    calls = {"plain": None, **ways} if attention == "sdpa" else ways
+    calls = {"plain": None, **ways} if which == "sdpa" else ways
     for name, call in calls.items():
         # What the step compiled is what generate calls; compiling anew would take half a minute unseen.
         with attempt(f"generate {name}", found), torch._dynamo.config.patch(error_on_recompile=True):
@@ -484,8 +487,8 @@ def measure_family(family: str, args: argparse.Namespace, report: dict[str, Any]
                 say("    attention of all layers: " + ", ".join(f"{k} {v:.3g}" for k, v in found["attention"].items()))
         if step is not None:
             # In the order of what is most wanted, should time run out.
-            for attention in ("sdpa", "mbq") if variant == "bf16" else ("mbq", "sdpa"):
-                measure(step, attention, row, args, clock)
+            for which in ("sdpa", "mbq") if variant == "bf16" else ("mbq", "sdpa"):
+                measure(step, which, row, args, clock)
                 write(report, args.output)
         if step is not None and variant == variants[1]:
             say(f"{family} without linears")
@@ -512,10 +515,10 @@ def compare(family: str, variant: str, found: dict[str, Any]) -> None:
     ratios = found[variant]["ratios"] = {}
     for way in ("eager", "compiled"):
         ours = found[variant].get("mbq", {}).get(way)
-        for attention, what in (("sdpa", "as it ships"), ("mbq", "with mbq's attention")):
-            other = found["bf16"].get(attention, {}).get(way)
+        for which, what in (("sdpa", "as it ships"), ("mbq", "with mbq's attention")):
+            other = found["bf16"].get(which, {}).get(way)
             if ours and other:
-                ratios.setdefault(way, {})[f"over_bf16_{attention}"] = other / ours
+                ratios.setdefault(way, {})[f"over_bf16_{which}"] = other / ours
                 say(f"{family} {variant}: {way} {other / ours:.2f} x faster than bf16 {what}")
 
 

@@ -18,6 +18,17 @@ WARPS = 4
 
 
 @triton.jit
+def _mask_of(mask, number, real, n, positions, m_query, m_position, QUERIES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The mask of positions ``n``, for every row; one row that stands for all where they are one query's."""
+    if QUERIES == 1:
+        return tl.load(mask + n * m_position, mask=n < positions, other=0)[None, :]
+    else:
+        near = mask + number[:, None] * m_query + n[None, :] * m_position
+        return tl.load(near, mask=(n < positions)[None, :] & real[:, None], other=0)
+
+
+# A mask lies elsewhere, or otherwise, when a step is recorded: it shall not need another kernel then.
+@triton.jit(do_not_specialize=["m_batch", "m_query"], do_not_specialize_on_alignment=["mask"])
 def _split(  # type: ignore[no-untyped-def]
     query, key, value, mask, sums, peaks, totals, scale, kv_heads, positions, length,
     q_batch, q_head, q_query, k_batch, k_head, k_position, v_batch, v_head, v_position, m_batch, m_query, m_position,
@@ -36,6 +47,9 @@ def _split(  # type: ignore[no-untyped-def]
     batch, head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     row, d = tl.arange(0, ROWS), tl.arange(0, DIM)
     number, real = row % QUERIES, row < GROUPS * QUERIES
+    mask += batch * m_batch
+    n = split * length + tl.arange(0, BLOCK)
+    ahead = _mask_of(mask, number, real, n, positions, m_query, m_position, QUERIES)
     at = query + batch * q_batch + (head * GROUPS + row // QUERIES) * q_head + number * q_query
     x = tl.load(at[:, None] + d[None, :], mask=real[:, None], other=0.0)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -51,13 +65,9 @@ def _split(  # type: ignore[no-untyped-def]
             value + batch * v_batch + head * v_head + n[:, None] * v_position + d[None, :], mask=there[:, None],
             other=0.0,
         )  # fmt: skip
-        if QUERIES == 1:
-            used = tl.load(mask + batch * m_batch + n * m_position, mask=there, other=0) != 0
-            seen = used[None, :] & real[:, None]
-        else:
-            near = mask + batch * m_batch + number[:, None] * m_query + n[None, :] * m_position
-            seen = tl.load(near, mask=there[None, :] & real[:, None], other=0) != 0
-            used = tl.max(seen.to(tl.int32), 0) != 0
+        seen = (ahead != 0) & real[:, None]
+        used = tl.max(ahead, 0) != 0
+        ahead = _mask_of(mask, number, real, n + BLOCK, positions, m_query, m_position, QUERIES)
         # What the cache holds where no row looks may be anything, and zero times NaN is NaN.
         v = tl.where(used[:, None], v, 0.0)
         scores = tl.where(seen, tl.dot(x, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
@@ -104,7 +114,7 @@ def attention(
     """Of ``mbq.kernels.attention.attention``, into ``out`` [batch, queries, heads, dim]; last dimensions are dense."""
     (batch, heads, queries, dim), (kv_heads, positions) = query.shape, key.shape[1:3]
     groups, pairs = heads // kv_heads, batch * kv_heads
-    rows, block = groups * queries, 32 if dim * key.element_size() <= 256 else 16
+    rows, block = groups * queries, _block(dim, key.element_size())
     length = triton.cdiv(triton.cdiv(positions, SPLITS), block) * block
     splits = triton.cdiv(positions, length)
     sums = torch.empty(pairs, splits, rows, dim, dtype=torch.float32, device=query.device)
@@ -113,7 +123,8 @@ def attention(
     _split[(pairs, splits)](
         *(query, key, value, mask.view(torch.uint8), sums, peaks, totals),
         *(scale * math.log2(math.e), kv_heads, positions, length),
-        *(*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *_mask_strides(mask, batch)),
+        *(*_strides(query)[:3], *_strides(key)[:3], *_strides(value)[:3]),
+        *(_strides(mask)[0], *_strides(mask)[2:]),
         **shape, ROWS=max(16, triton.next_power_of_2(rows)), BLOCK=block, num_warps=WARPS,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip
@@ -125,10 +136,14 @@ def attention(
     )  # fmt: skip
 
 
-def _mask_strides(mask: torch.Tensor, batch: int) -> tuple[int, int, int]:
-    """Of [batch or 1, 1, queries, positions], by batch, query and position."""
-    by_batch, _, by_query, by_position = mask.stride()
-    return (0 if mask.shape[0] < batch else by_batch), by_query, by_position
+def _block(dim: int, element_size: int) -> int:
+    """Positions that a program has in hand at a time."""
+    return 32 if dim * element_size <= 256 else 16
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Zero along dimensions of size one, where torch has any number; a mask of one row stands for the whole batch."""
+    return [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
 
 
 def _early(device: torch.device) -> bool:
