@@ -7,13 +7,17 @@ published configurations with random weights: transformers' own code, batch 1, a
 step is the one that ``generate`` makes, with the arguments that it gives. The quantized model has the modules of
 ``mbq.load`` (W3A16 or W4A16, groups of 128, fused qkv and gate_up); lm_head stays in 16 bits.
 
+Both are measured with transformers' attention as it ships ("sdpa") and with mbq's ("mbq"). The speed-up of a quantized
+model with mbq's attention is given over bf16 as it ships, and over bf16 that has mbq's attention too.
+
 Times are microseconds a step: CUDA graph replays back to back, the median of several runs of them. "eager" records
 transformers' code as it is, "compiled" what torch.compile makes of it. "Without linears" is the same quantized model
 whose linears, lm_head too, launch nothing and give memory as it comes. ``generate`` is timed from end to end, prompt
-included: 128 tokens after 896, so that the last fills the cache; "plain" is a dynamic cache and no graph.
+included: 128 tokens after 896, so that the last fills the cache; "plain" is a dynamic cache, no graph, 32 tokens.
 
-Everything is checked before it is timed: the linears of the first block against float32, graphs and compiled code
-against the plain step. What fails is printed and left out of the results, and the rest goes on.
+Everything is checked before it is timed: the linears of the first block against float32, attention against float64,
+graphs and compiled code against the plain step with sdpa. What fails is printed and left out of the results, and the
+rest goes on; so is what torch.compile would not finish within ``--seconds``.
 """
 
 from __future__ import annotations
@@ -43,12 +47,14 @@ from transformers import (
     SiglipVisionConfig,
     StaticCache,
 )
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mbq.architecture import bind
 from mbq.checkpoint.compressed_tensors import quantization_config, replace_linears
 from mbq.fuse import FusedLinear, use_kernel
 from mbq.generation import DecodeStep
 from mbq.kernels import KERNELS
+from mbq.kernels.attention import attend, attention, use_attention
 from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.qlinear import QuantLinear
@@ -57,6 +63,8 @@ from mbq.scheme import scheme_named
 
 POSITIONS = 1024
 NEW_TOKENS = 128
+PLAIN_TOKENS = 32  # the slow way gets fewer
+COMPILE_SECONDS = 35  # expected of the first; then the longest so far
 STD = 0.02  # of random weights, as the configurations say
 
 BACKBONE = {
@@ -228,7 +236,8 @@ class Step:
         hook = model.register_forward_pre_hook(keep, with_kwargs=True)
         model.generate(self.prompt, past_key_values=self.cache, max_new_tokens=2, do_sample=False, disable_compile=True)
         hook.remove()
-        self.back_to(positions - 1)
+        self.filled = [(layer.keys.clone(), layer.values.clone()) for layer in self.cache.layers]
+        self.restore()
         with torch.no_grad():
             self.expected = model(**self.arguments).logits.float().clone()
         if not torch.isfinite(self.expected).all():
@@ -238,6 +247,13 @@ class Step:
         """The cache holds ``length`` positions."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)
+
+    def restore(self) -> None:
+        """The cache as the prompt left it: timing writes the last token to many positions, which changes logits."""
+        for layer, (keys, values) in zip(self.cache.layers, self.filled, strict=True):
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
+        self.back_to(self.positions - 1)
 
     @torch.no_grad()
     def microseconds(self, call: Callable[..., Any], rounds: int, check: bool = True) -> tuple[float, Any]:
@@ -251,7 +267,7 @@ class Step:
         with torch.cuda.graph(graph):
             logits = call(**self.arguments).logits
         if check:
-            self.back_to(self.positions - 1)
+            self.restore()
             graph.replay()
             difference = ((logits.float() - self.expected).square().mean().sqrt() / self.expected.std()).item()
             say(f"    logits differ from the plain step's by {difference:.2g} of their spread")
@@ -265,8 +281,9 @@ class Step:
 
     def generate(self, step: Any | None) -> dict[str, float]:
         """Seconds and tokens a second of ``generate`` with this static cache and ``step``; None: the plain way."""
-        prompt = self.prompt[:, : self.positions - NEW_TOKENS]
-        options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+        new = PLAIN_TOKENS if step is None else NEW_TOKENS
+        prompt = self.prompt[:, : self.positions - new]
+        options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False}
         if step is not None:
             self.model.get_compiled_call = lambda config: step
             options["past_key_values"] = self.cache
@@ -282,7 +299,7 @@ class Step:
                 assert tokens.shape[1] == self.positions
         finally:
             vars(self.model).pop("get_compiled_call", None)
-        return {"seconds": seconds[-1], "tokens_a_second": NEW_TOKENS / seconds[-1], "first_seconds": seconds[0]}
+        return {"seconds": seconds[-1], "tokens_a_second": new / seconds[-1], "first_seconds": seconds[0]}
 
 
 def median_of_rounds(graph: Any, rounds: int, replays: int, before: Callable[[], None] = lambda: None) -> float:
@@ -347,43 +364,110 @@ def compiled(model: Any) -> Callable[..., Any]:
     return torch.compile(model.__call__, fullgraph=True, dynamic=False)
 
 
-def measure(step: Step, found: dict[str, Any], args: argparse.Namespace, deadline: float, check: bool = True) -> None:
-    """Eager and compiled steps, their kernels, and generate, into ``found``."""
-    model = step.model
+@torch.no_grad()
+def check_attention(step: Step, rounds: int) -> dict[str, float]:
+    """Of mbq's attention over the step's caches, the error in units of the outputs' spread; microseconds of all layers
+    with each attention. Raises AssertionError where it is wrong.
+    """
+    step.restore()
+    module = next(each for each in step.model.get_decoder().modules() if hasattr(each, "num_key_value_groups"))
+    keys, values = step.cache.layers[0].keys, step.cache.layers[0].values
+    batch, kv_heads, positions, dim = keys.shape
+    groups, scale = module.num_key_value_groups, dim**-0.5
+    query = torch.randn(batch, kv_heads * groups, 1, dim, dtype=keys.dtype, device=keys.device)
+    at = torch.arange(positions, device=keys.device)
+    worst = 0.0
+    for length in (1, positions // 3, positions - 1, positions):
+        mask = (at < length).expand(batch, 1, 1, positions)
+        found = attention(query, keys, values, mask, scale).double()
+        seen_keys, seen_values = (x[:, :, :length].double().repeat_interleave(groups, 1) for x in (keys, values))
+        weights = (query.double() @ seen_keys.mT * scale).softmax(-1)
+        wanted = (weights @ seen_values).transpose(1, 2)
+        worst = max(worst, ((found - wanted).abs().max() / wanted.std()).item())
+    if not worst < 0.05:
+        raise AssertionError(f"attention is off by {worst:.3g} of its outputs' spread")
+    times = {}
+    for name, function in (("sdpa", sdpa_attention_forward), ("mbq", attend)):
+
+        def layers(function: Any = function) -> None:
+            for layer in step.cache.layers:
+                function(module, query, layer.keys, layer.values, mask, scaling=scale)
+
+        times[name] = alone(layers, rounds)
+    return {"error": worst, **times}
+
+
+class Clock:
+    """Which compilations a family has time for."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end, self.longest = time.perf_counter() + seconds, float(COMPILE_SECONDS)
+        self.compiled = False
+
+    def allows(self) -> bool:
+        return time.perf_counter() + self.longest < self.end
+
+    def took(self, seconds: float) -> None:
+        self.longest = max(self.longest, seconds) if self.compiled else seconds
+        self.compiled = True
+
+
+def set_attention(model: Any, name: str) -> None:
+    model.set_attn_implementation("sdpa")
+    if name == "mbq" and not use_attention(model):
+        raise AssertionError("mbq's attention does not run here")
+
+
+def measure(
+    step: Step, which: str, row: dict[str, Any], args: argparse.Namespace, clock: Clock, check: bool = True
+) -> None:
+    """Eager and compiled steps, their kernels, and generate, with one attention, into ``row[which]``."""
+    say(f"  attention: {which}")
+    model, found = step.model, row.setdefault(which, {})
     ways: dict[str, Any] = {}
+    with attempt("attention", found):
+        set_attention(model, which)
+    if "failed" in found:
+        return
     with attempt("eager", found):
         found["eager"], _ = step.microseconds(model, args.rounds, check)
         say(f"    eager {found['eager']:.0f} us")
         ways["recorded"] = model
-    if args.compile and time.perf_counter() < deadline:
+    if args.compile and clock.allows():
+        start = time.perf_counter()
         with attempt("compiled", found):
-            call, start = compiled(model), time.perf_counter()
+            call = compiled(model)
             found["compiled"], graph = step.microseconds(call, args.rounds, check)
             found["compile_seconds"] = time.perf_counter() - start
             say(f"    compiled {found['compiled']:.0f} us, after {found['compile_seconds']:.0f} s")
             ways["compiled"] = call
             with attempt("kernels", found):
                 found["kernels"] = kernels_of(step, graph)
-                for row in found["kernels"]:
-                    say(f"      {row['microseconds']:7.1f} us {row['count']:4d} x {row['name'][:64]}")
+                for kernel in found["kernels"]:
+                    say(f"      {kernel['microseconds']:7.1f} us {kernel['count']:4d} x {kernel['name'][:64]}")
+        clock.took(time.perf_counter() - start)
     elif args.compile:
         say("    compiled: skipped, the time of this family is up")
-    if check:
-        with attempt("generate plain", found):
-            found["generate"] = {"plain": step.generate(None)}
-            for name, call in ways.items():
-                found["generate"][name] = step.generate(DecodeStep(call))
-            for name, row in found["generate"].items():
-                say(f"    generate, {name}: {row['tokens_a_second']:.0f} tokens/s")
+    if not check:
+        return
+    found["generate"] = {}
+    calls = {"plain": None, **ways} if which == "sdpa" else ways
+    for name, call in calls.items():
+        # What the step compiled is what generate calls; compiling anew would take half a minute unseen.
+        with attempt(f"generate {name}", found), torch._dynamo.config.patch(error_on_recompile=True):
+            found["generate"][name] = timed = step.generate(call and DecodeStep(call))
+            say(f"    generate, {name}: {timed['tokens_a_second']:.0f} tokens/s")
 
 
 def measure_family(family: str, args: argparse.Namespace, report: dict[str, Any]) -> None:
     found: dict[str, Any] = report["families"].setdefault(family, {})
-    deadline = time.perf_counter() + args.seconds
+    clock = Clock(args.seconds)
     variants = ["bf16", *(f"W{bits}A16" for bits in args.bits)]
     for variant in variants:
         say(f"{family} {variant}")
         row = found.setdefault(variant, {})
+        model: Any = None
+        step: Any = None
         with attempt("build", row):
             model = build(family, args.device, **args.changes)
             if variant != "bf16":
@@ -393,32 +477,49 @@ def measure_family(family: str, args: argparse.Namespace, report: dict[str, Any]
                 del pairs
             step = Step(model, args.positions)
             row["gigabytes"] = sum(each.nbytes for each in (*model.parameters(), *model.buffers())) / 1e9
-            if variant == "bf16":
+        if step is not None and variant == "bf16":
+            with attempt("lm_head alone", row):
                 x = torch.randn(1, 1, model.lm_head.in_features, dtype=torch.bfloat16, device=args.device)
                 found["lm_head"] = alone(lambda head=model.lm_head, x=x: head(x), args.rounds)
                 say(f"    lm_head alone {found['lm_head']:.0f} us")
-            measure(step, row, args, deadline)
-        write(report, args.output)
-        if variant == variants[1]:
+            with attempt("attention", row):
+                found["attention"] = check_attention(step, args.rounds)
+                say("    attention of all layers: " + ", ".join(f"{k} {v:.3g}" for k, v in found["attention"].items()))
+        if step is not None:
+            # In the order of what is most wanted, should time run out.
+            for which in ("sdpa", "mbq") if variant == "bf16" else ("mbq", "sdpa"):
+                measure(step, which, row, args, clock)
+                write(report, args.output)
+        if step is not None and variant == variants[1]:
             say(f"{family} without linears")
-            row = found.setdefault("without_linears", {})
-            with attempt("without linears", row):
+            bare = found.setdefault("without_linears", {})
+            with attempt("without linears", bare):
                 for layer in model.modules():
                     if isinstance(layer, QuantLinear):
                         layer.kernel = "nothing"
                 model.lm_head = NoHead(model.lm_head)
-                measure(step, row, args, deadline, check=False)
-            write(report, args.output)
+                measure(step, "mbq", bare, args, clock, check=False)
+        write(report, args.output)
         model = step = None
         gc.collect()
         torch.cuda.empty_cache()
     for variant in variants[1:]:
-        for way in ("eager", "compiled"):
-            if way in found["bf16"] and way in found[variant]:
-                ratio = found["bf16"][way] / found[variant][way]
-                found[variant][f"{way}_ratio"] = ratio
-                say(f"{family} {variant}: {way} {ratio:.2f} x faster than bf16")
+        compare(family, variant, found)
     write(report, args.output)
+
+
+def compare(family: str, variant: str, found: dict[str, Any]) -> None:
+    """Bf16's time over the quantized model's with mbq's attention, into ``found[variant]["ratios"]``: over bf16 as it
+    ships, which is the claim, and over bf16 with mbq's attention.
+    """
+    ratios = found[variant]["ratios"] = {}
+    for way in ("eager", "compiled"):
+        ours = found[variant].get("mbq", {}).get(way)
+        for which, what in (("sdpa", "as it ships"), ("mbq", "with mbq's attention")):
+            other = found["bf16"].get(which, {}).get(way)
+            if ours and other:
+                ratios.setdefault(way, {})[f"over_bf16_{which}"] = other / ours
+                say(f"{family} {variant}: {way} {other / ours:.2f} x faster than bf16 {what}")
 
 
 def write(report: dict[str, Any], output: Path | None) -> None:
@@ -435,7 +536,7 @@ def main() -> None:
     parser.add_argument("--kernel", default="cuda")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
-        "--seconds", type=float, default=150, help="A family's; what is compiled after them is skipped."
+        "--seconds", type=float, default=110, help="A family's; what would not be compiled in them is skipped."
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
