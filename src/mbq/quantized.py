@@ -17,7 +17,6 @@ from mbq.checkpoint.compressed_tensors import replace_linears
 from mbq.errors import MBQError
 from mbq.fuse import use_kernel
 from mbq.kernels import KERNELS
-from mbq.kernels.attention import use_attention
 from mbq.loading import load_model, read_config, torch_device, torch_dtype
 from mbq.qlinear import QuantLinear
 
@@ -37,9 +36,6 @@ def load(
     kernel  "auto" or a name of ``mbq.kernels.KERNELS``; all but "reference" arrange the weights for themselves, and
             q, k, v and gate, up run as one: such a model runs, and does not save
 
-    On a GPU the language model decodes with mbq's attention over a static cache, unless kernel is "reference";
-    ``model.set_attn_implementation("sdpa")`` switches it off.
-
     With quantized activations a layer multiplies integer codes and scales the sum, where the search multiplied weights
     and activations rounded to the model's dtype: the same numbers before rounding, so results agree within it.
 
@@ -51,7 +47,7 @@ def load(
     quantized = config.get("quantization_config")
     target, wanted = torch_device(device or "cpu"), torch_dtype(dtype or "auto")
     if quantized is None:
-        return _ready(load_model(folder, target, wanted, trust_remote_code), kernel)
+        return load_model(folder, target, wanted, trust_remote_code)
     method = quantized.get("quant_method")
     if method != "compressed-tensors":
         raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
@@ -63,12 +59,6 @@ def load(
         if isinstance(layer, QuantLinear):
             _check_shape(name, layer, folder)
     use_kernel(model, kernel)
-    return _ready(model, kernel)
-
-
-def _ready(model: PreTrainedModel, kernel: str) -> PreTrainedModel:
-    if model.device.type == "cuda" and kernel != "reference":
-        use_attention(model)
     return model.eval()
 
 
