@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=list(mbq.SCHEMES))
     parser.add_argument("--methods", nargs="+", default=list(MAIN_METHODS), choices=list(METHODS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the draw of calibration samples")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the draw of calibration samples")
     parser.add_argument("--calibrations", nargs="+", default=list(CALIBRATIONS), choices=list(CALIBRATIONS))
     parser.add_argument("--models", type=Path, default=ROOT / "models", help="the folder of the families' folders")
     parser.add_argument("--device", default="auto")

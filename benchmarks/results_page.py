@@ -29,7 +29,8 @@ MBQ, RIVALS = "mbq-mae", ("awq", "rtn")
 HEAD = """# Results
 
 Written by `python -m benchmarks.results --write` from the right and wrong answers in `benchmarks/results/`; measured by
-`python -m benchmarks.results`.
+`python -m benchmarks.results`, on two CPU cores for InternVL's and Qwen2-VL's captions and the most of their questions,
+on one H200 for the rest, by the kernels that `mbq.load` takes there. Sums are rounded differently on the two.
 
 - The models are the three reference models in `models/`, trained on the synthetic world of heraldry (`mbq.world`).
 - An answer is right if greedy decoding writes the reference answer to the letter and ends its turn. {questions}
