@@ -40,7 +40,16 @@ command above its tables. `mbq bench` measures the same on your GPU.
   zeros; the others' are asymmetric.
 """
 
-LAYOUT = """## The packed layout
+LAYOUT = """## What runs when
+
+On an NVIDIA GPU from compute capability 7.5 on, weight-only schemes run in `kernels/decode.cu`, up to 16 rows of x a
+launch and 64 in all; more rows go through a dense weight in 16 bits, made anew in every call, and cuBLAS. Schemes with
+quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their sums int32.
+Other GPUs, float32 and other group sizes take a plain Triton kernel. Layers that read the same input (q, k, v; gate,
+up) are one call (`fuse.py`), and `mbq generate` replays its decode step as a CUDA graph. `kernels/attention.py` is an
+attention for decode steps over a static cache; `use_attention(model)` switches it on, and nothing does so by itself.
+
+## The packed layout
 
 What `prepare` makes of a checkpoint's words for the CUDA kernel (the docstring of `mbq/kernels/cuda.py`):
 
@@ -54,7 +63,7 @@ Each was predicted before it was measured: the stack of W3A16 at one row, in mic
 {steps}
 """
 
-# From the issue that asked for these kernels: one H200, one run each, microseconds, one row of x.
+# Measured before these kernels were written: one H200, one run each, microseconds, one row of x.
 QUOTED_SHAPES = ("qkv", "o", "gate_up", "down", STACK)
 QUOTED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
     ("cuBLAS, 16 bits", (10.8, 11.7, 70.5, 39.8, 3719)),
@@ -72,7 +81,7 @@ QUOTED: tuple[tuple[str, tuple[float | None, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Goal:
-    """What the issue asks for, in microseconds on an H200, of one scheme, number of rows and shape."""
+    """The bars that were set, in microseconds on an H200, of one scheme, number of rows and shape."""
 
     scheme: str
     rows: int
@@ -176,7 +185,7 @@ def is_own(by: str) -> bool:
 
 
 def _goals(run: Report) -> str:
-    """The issue's bars, where the run is on the GPU and the shapes that they are meant for."""
+    """The bars, where the run is on the GPU and the shapes that they are meant for."""
     dtypes = kinds(run.times, "dtype")
     rows = []
     for goal in GOALS:
@@ -224,8 +233,8 @@ def _quoted() -> str:
     header = ["as quoted, another run; one row of x, µs", *(s if s != STACK else "28 layers" for s in QUOTED_SHAPES)]
     rows = [[name, *("" if value is None else duration(value) for value in values)] for name, values in QUOTED]
     return (
-        "## Other kernels, as quoted\n\nFrom the issue that asked for this work: one H200, one run each, measured by "
-        f"nothing here.\n\n{markdown(header, rows)}\n"
+        "## Other kernels, as quoted\n\nMeasured before these kernels were written: one H200, one run each, reproduced "
+        f"by nothing here.\n\n{markdown(header, rows)}\n"
     )
 
 

@@ -1,12 +1,13 @@
 """Time of linears with quantized activations at many rows on this GPU, beside cuBLAS, in one process.
 
-    python -m benchmarks.prefill --output benchmarks/results/kernels/prefill.json
-    python -m benchmarks.prefill --tune --output tune.json     # which tiles are best: what mbq/kernels/int8.py holds
+    python -m benchmarks.prefill --output benchmarks/results/prefill.json
+    python -m benchmarks.prefill --tune --output tune.json     # which tiles mbq/kernels/int8.py should hold
     python -m benchmarks.prefill --peers humming               # pip install humming-kernels
 
 Shapes are those of a Qwen2-7B decoder layer (qkv, o, gate_up, down) and of a vision tower's MLP. A time is the median
-over replays of a CUDA graph that goes once round copies of the weight larger than the L2. "Layer" is the sum of the
-four. Every product is compared with exact integers before it is timed; what fails is printed and left out.
+over replays of a CUDA graph that goes once round copies of the weight larger than the L2; Humming's has one copy, which
+may stay there. "Layer" is the sum of the four. mbq's products are compared with exact integers before they are timed;
+what fails is printed and left out.
 """
 
 from __future__ import annotations

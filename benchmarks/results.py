@@ -24,6 +24,7 @@ import mbq
 from benchmarks.results_page import folder_of, page
 from mbq.evaluation import Questions, Results, evaluate, prepare
 from mbq.evaluation.run import PER_TASK, world_questions
+from mbq.fuse import use_kernel
 from mbq.progress import shown
 from mbq.rows import Row, read_rows
 from mbq.world import TASKS, write
@@ -119,6 +120,7 @@ def measure(
     if run.scheme:
         made = mbq.quantize(model, processor, data=calibration, batch_size=32, **run.options)
         quantized = made.model
+        use_kernel(quantized, "auto")
     results = evaluate(quantized, questions, f"{run.family} {run.scheme} {run.method}", recipe)
     run.path.parent.mkdir(parents=True, exist_ok=True)
     results.save(run.path)

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import mbq
+from mbq import cli
 from mbq.cli import app
+from mbq.errors import MBQWarning
 from mbq.recipe import Recipe
 from tests import tiny
 
@@ -138,6 +141,14 @@ def test_a_mistake_has_a_traceback_only_when_asked_for(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
     with pytest.raises(mbq.MBQError):
         mbq_command(*arguments, "-v", "-v")
+
+
+def test_warnings_of_mbq_are_shown_and_others_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        cli._set_up_logging(0)
+        warnings.warn("Slower: no compiler.", MBQWarning, stacklevel=1)
+        warnings.warn("Something old.", DeprecationWarning, stacklevel=1)
+    assert capsys.readouterr().err == "mbq: Slower: no compiler.\n"
 
 
 def test_python_dash_m_mbq_is_the_command() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -130,6 +131,18 @@ def test_a_recorded_step_gives_the_same_tokens(family: str, model_of: Any, graph
         assert graphs[-1].replays == TOKENS - 2
     assert len(graphs) == 2
     assert "get_compiled_call" not in vars(model)
+
+
+def test_hidden_states_of_every_step_are_its_own(model_of: Any, graphs: list[RecordedGraph]) -> None:
+    """``generate`` keeps them by reference, and a replay would overwrite them: such steps are not recorded."""
+    model, processor = model_of("qwen2_vl"), tiny.tiny("qwen2_vl")[1]
+    given = tiny.inputs(processor, images=1)
+    options = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": TOKENS}
+    with cuda_graph(model):
+        made = model.generate(**given, **options, **static(), do_sample=False)
+    assert not graphs
+    last = [step[-1][0, -1] for step in made.hidden_states]
+    assert not any(torch.equal(one, other) for one, other in itertools.pairwise(last[1:]))
 
 
 def test_a_step_that_cannot_be_recorded_runs_plainly(

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from mbq.errors import MBQError
 from mbq.kernels import KERNELS, choose
-from mbq.kernels.packed import pack_weight, unpack_weight
+from mbq.kernels.packed import PackedWeight, pack_weight, unpack_weight
 from mbq.qlinear import QuantLinear
 from mbq.qtensor import dequantize, fake_quantize, fake_quantize_activations, quantize
 from mbq.scheme import SCHEMES, Scheme, WeightScheme
@@ -100,6 +101,32 @@ def test_repr_names_scheme_and_kernel() -> None:
     text = repr(layer(SCHEMES["W3A16"], torch.float32)[0])
     assert "scheme=W3A16, group_size=128, kernel=reference" in text
     assert "in_features=384, out_features=37" in text
+
+
+def test_a_rearranged_layer_keeps_its_dtype_and_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words in a kernel's order mean nothing to another dtype's kernel, or on another kind of device."""
+
+    class Turned:
+        """A kernel with an order of its own."""
+
+        @staticmethod
+        def supports(*place: object) -> None:
+            return None
+
+        @staticmethod
+        def prepare(weight: PackedWeight) -> PackedWeight:
+            return replace(weight, words=weight.words.flip(0))
+
+    monkeypatch.setitem(KERNELS, "turned", Turned)
+    made = layer(SCHEMES["W3A16"], torch.float32)[0]
+    made.half().float()  # as long as it is as it was loaded
+    made.use("turned")
+    for change in (lambda: made.half(), lambda: made.to("meta"), lambda: nn.Sequential(made).to(torch.bfloat16)):
+        with pytest.raises(MBQError, match="arranged for float32 on cpu; load it anew with the dtype and device that"):
+            change()
+    assert made.to("cpu", torch.float32) is made
+    with pytest.raises(MBQError, match="runs in the kernel 'turned' already; load the model anew"):
+        made.use("reference")
 
 
 def test_an_unknown_kernel_is_refused() -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from mbq.qtensor import fake_quantize
+from mbq.scheme import SCHEMES
+from mbq.world import TASKS
 from mbq.world.scene import LOWEST_NUMBER, cells, paint, sample_scenes, sprites
 from training import train as training
 from training.build import BUILDERS, build
@@ -73,6 +76,28 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CAPTION", {"caption": 2})
     monkeypatch.setattr(training, "CHUNK", 2)
     monkeypatch.setattr(training, "SEE_STEPS", 1)
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_the_cost_of_rounding_is_that_of_the_image_tasks():
+    model, processor = build("qwen2_vl")
+    stream = training.Stream(processor, CPU, 0, training.FROM_SCRATCH)
+    makers = [stream.makers["learn"], stream.makers["caption"]]
+    fast = FastModel("qwen2_vl", model, processor, max(maker.length for maker in makers))
+    scores = iter(
+        [dict.fromkeys(TASKS, 90.0), {name: 60.0 if task.needs_image else 0.0 for name, task in TASKS.items()}]
+    )
+    weights = []
+
+    def accuracy(*args: object) -> dict[str, float]:
+        weights.append(model.model.language_model.layers[0].mlp.up_proj.weight.clone())
+        return next(scores)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "accuracy", accuracy)
+        assert training.rounding_cost(model, fast, makers) == (90.0, 30.0)
+    assert torch.equal(weights[1], fake_quantize(weights[0], SCHEMES["W3A16"].weights))
+    assert torch.equal(model.model.language_model.layers[0].mlp.up_proj.weight, weights[0])
 
 
 @pytest.mark.usefixtures("small_batches")

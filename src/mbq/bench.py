@@ -505,6 +505,7 @@ def bench(
     for scheme in wanted:  # an unsupported kernel is told before anything is measured
         ours(kernel, decoder, scheme, target, device)
     listed = f"--schemes {','.join(scheme.name for scheme in wanted)} --rows {','.join(map(str, counts))}"
+    listed += "" if model is None else f" --model {Path(model).name}"
     run = Bench(decoder, f"mbq bench {listed} --dtype {dtype} --layers {decoder.layers} --kernel {kernel}")
     steps: list[tuple[str, Callable[[], None]]] = [
         ("the read ceiling", run.read_ceiling),

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from mbq.errors import MBQError
+from mbq.errors import MBQError, MBQWarning
 from mbq.progress import shown
 from mbq.recipe import Recipe
 
@@ -104,6 +104,8 @@ def _set_up_logging(verbose: int) -> None:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
+    warnings.simplefilter("default", MBQWarning)
+    warnings.showwarning = lambda message, *rest: typer.echo(f"mbq: {message}", err=True)
 
 
 def _errors() -> Console:
@@ -171,7 +173,7 @@ def generate_command(
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.", min=1)] = 128,
     kernel: Annotated[str, typer.Option(help="auto, or a kernel that mbq doctor lists.")] = "auto",
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the decode step: slow to start, then faster.")
+        bool, typer.Option("--compile", help="Let torch.compile make the decode step; slow to start.")
     ] = False,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import StaticLayer
 
-from mbq.errors import MBQError
+from mbq.errors import MBQError, MBQWarning
 from mbq.images import open_image
 
 
@@ -61,13 +61,17 @@ def cuda_graph(model: Any) -> Iterator[None]:
     step = DecodeStep(model)
     model.get_compiled_call = lambda config: step
     try:
-        yield
+        # Graphs are recorded on the current device.
+        with torch.cuda.device(model.device) if model.device.type == "cuda" else nullcontext():
+            yield
     finally:
         del model.get_compiled_call
 
 
 # What positions are computed from. With positions given they say nothing, and one grows with every token (5.17).
 POSITIONS_ONLY = ("mm_token_type_ids", "image_grid_thw", "video_grid_thw")
+# Outputs that ``generate`` keeps of every step by reference; a replay would overwrite them.
+KEPT = ("output_hidden_states", "output_attentions")
 
 
 class DecodeStep:
@@ -91,6 +95,8 @@ class DecodeStep:
             arguments = {name: value for name, value in arguments.items() if name not in POSITIONS_ONLY}
         cache, tensors = arguments.get("past_key_values"), _tensors(arguments)
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        if any(arguments.get(name) for name in KEPT):
+            return self.model(**arguments)
         if cache is not self.cache or shapes != self.shapes:
             self.cache, self.shapes, self.graph = cache, shapes, None
             return self.model(**arguments)
@@ -112,7 +118,7 @@ class DecodeStep:
                 self.outputs = self.model(**_replaced(arguments, self.tensors))
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]
-            warnings.warn(f"The decode step runs without a CUDA graph, slower: {reason}", stacklevel=2)
+            warnings.warn(f"The decode step runs without a CUDA graph, slower: {reason}.", MBQWarning, stacklevel=2)
             self.failed = True
             return
         self.graph = graph

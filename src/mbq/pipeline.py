@@ -18,7 +18,6 @@ from mbq.architecture import Binding, bind
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.folder import check_new
 from mbq.errors import MBQError
-from mbq.fuse import use_kernel
 from mbq.loading import check_finite, load_model, load_processor
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, write_folder
@@ -38,7 +37,7 @@ log = logging.getLogger(__name__)
 class QuantizationResult:
     """What ``quantize`` made.
 
-    model        the quantized model, its weights packed; it generates
+    model        the quantized model, its weights packed as they are written; it generates, by the plain torch kernel
     processor    the model's processor
     recipe       every option
     folder       what was written, or None
@@ -112,7 +111,6 @@ def quantize(
             hashed = data_hash(_drawn(rows, recipe)) if rows else None
             found = Measured(hashed, sensitivity, search, before, after)
             folder = write_folder(Path(output), binding, processor, recipe, name, found)
-    use_kernel(own, "auto")  # after writing: kernels rearrange the words
     return QuantizationResult(own, processor, recipe, folder, sensitivity, search, seconds, before, after)
 
 

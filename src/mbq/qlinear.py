@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,12 +96,25 @@ class QuantLinear(nn.Module):
 
         Raises MBQError where the named kernel does not support this layer.
         """
+        if self.rearranged:
+            raise MBQError(f"This layer runs in the kernel {self.kernel!r} already; load the model anew for another.")
         given = self.packed
         self.kernel = choose(kernel, self.scheme, given.shape, given.words.device, given.scale.dtype)
         packed = KERNELS[self.kernel].prepare(given)
         self.rearranged = packed is not given
         setattr(self, "weight_packed" if is_packed(self.scheme) else "weight", packed.words)
         self.weight_scale, self.weight_zero_point = packed.scale, packed.zero_point
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantLinear:
+        """What ``to``, ``half`` and ``cpu`` do; refused where words are arranged for one dtype and kind of device."""
+        scale = self.weight_scale[:0]
+        changed = fn(scale) if self.rearranged else scale
+        if changed.dtype != scale.dtype or changed.device.type != scale.device.type:
+            raise MBQError(
+                f"This model's weights are arranged for {scale.dtype} on {scale.device.type}; load it anew with the "
+                "dtype and device that you want.".replace("torch.", "")
+            )
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.rearranged:

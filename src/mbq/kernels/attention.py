@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mbq.errors import MBQError
-from mbq.kernels.operator import LIBRARY
+from mbq.kernels.operator import LIBRARY, current_device
 
 NAME = "mbq"  # of the implementation, in transformers' registers
 ROWS = 64  # queries times query heads of one key/value head, at most
@@ -39,7 +39,8 @@ def _attention(
         raise MBQError(f"mbq::attention cannot run this: {reason}.")
     out = _shape_of_attention(query, key, value, mask, scale)
     if out.numel():
-        source.attention(_dense(query), _dense(key), _dense(value), mask, scale, out)
+        with current_device(query.device):
+            source.attention(_dense(query), _dense(key), _dense(value), mask, scale, out)
     return out
 
 

@@ -28,7 +28,7 @@ from importlib import resources
 import torch
 import torch.nn.functional as F
 
-from mbq.errors import MBQError
+from mbq.errors import MBQError, MBQWarning
 from mbq.kernels import compiled
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.scheme import Scheme
@@ -59,7 +59,8 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
     if shape[1] % 8:
         return f"it needs a multiple of 8 inputs, not {shape[1]}"
     try:
-        _function("linear", _options(scheme, dtype, 8, shape[1]), device.index or 0)
+        for columns in (8, 16):
+            _function("linear", _options(scheme, dtype, columns, shape[1]), device.index or 0)
     except compiled.CompilationError as error:
         _warn(str(error))
         return str(error)
@@ -69,7 +70,7 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
 @cache
 def _warn(reason: str) -> None:
     """Once a reason: the GPU could run the kernel, and its installation cannot make it."""
-    warnings.warn(f"Packed weights run without the CUDA kernel, slower: {reason}", stacklevel=2)
+    warnings.warn(f"Packed weights run without the CUDA kernel, slower: {reason}.", MBQWarning, stacklevel=2)
 
 
 def prepare(weight: PackedWeight) -> PackedWeight:

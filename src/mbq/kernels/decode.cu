@@ -23,12 +23,12 @@
 //       sum x (code - zero) = sum x (offset + code) - (sum x offset + zero * sum x)
 //   and the sums of x, one for each offset, are one more mma, by a matrix of ones.
 //
-// - Columns of the mma that hold no row of x repeat the last one; what they give is not stored.
+// Columns of the mma that hold no row of x repeat the last one; what they give is not stored.
 //
 // A block owns consecutive tiles of 32 rows, its warps equal runs of the tiles' units, which are consecutive in memory.
 // A run meets two tiles at most; partial sums meet in shared memory once, at the end, and are added in a fixed order.
 // The weights of the first units are loaded before the previous kernel's end is waited for (programmatic dependent launch).
-// A small layer takes a few microseconds, of which an integer division is a twentieth: the host divides.
+// Integer divisions, tens of instructions each in front of the first load, are the host's.
 
 typedef unsigned int u32;
 typedef unsigned short T;  // the bits of a float16 or bfloat16
@@ -256,9 +256,9 @@ struct Plan {
   u32 log_rows;           // 2^log_rows is rows, rounded up
 };
 
-// x [rows, inputs], y [rows, outputs].
+// x [rows, inputs], y [rows, outputs]. x is no __restrict__: the previous kernel may still write it when this one starts.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-linear(const T* __restrict__ x, Weight weight, const T* __restrict__ bias, T* __restrict__ y, u32 rows, u32 outputs, u32 inputs, Plan plan) {
+linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y, u32 rows, u32 outputs, u32 inputs, Plan plan) {
   extern __shared__ float partial[];  // [warp, odd or even tile, row of x, row of the tile]
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, units = plan.units;
   const u32 first_tile = plan.tiles * blockIdx.x + min(blockIdx.x, plan.more), own_tiles = plan.tiles + (blockIdx.x < plan.more);

@@ -10,7 +10,6 @@ halves, a shift and an and those of the low ones, each code times 16, which the 
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -118,22 +117,21 @@ def products(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y
     if shared:
         words = -(-shared * (tiles.rows * tiles.outputs + 1) // source.ZEROS) * source.ZEROS
         partial = torch.empty(words, dtype=torch.int32, device=x.device)
-    with _current(x.device):
-        rows = x if x.stride(1) == 1 else x.contiguous()
-        codes, scales = source.quantize(rows, weight.scheme.activations.bits, partial)
-        source.products(
-            codes,
-            scales,
-            weight.words,
-            has_nibbles(weight.scheme),
-            weight.scale,
-            bias,
-            y,
-            tiles,
-            programs,
-            whole,
-            partial,
-        )
+    rows = x if x.stride(1) == 1 else x.contiguous()
+    codes, scales = source.quantize(rows, weight.scheme.activations.bits, partial)
+    source.products(
+        codes,
+        scales,
+        weight.words,
+        has_nibbles(weight.scheme),
+        weight.scale,
+        bias,
+        y,
+        tiles,
+        programs,
+        whole,
+        partial,
+    )
 
 
 def plan(rows: int, outputs: int, inputs: int, tiles: Tiles, processors: int) -> tuple[int, int, int]:
@@ -152,7 +150,7 @@ def plan(rows: int, outputs: int, inputs: int, tiles: Tiles, processors: int) ->
 
 
 def tiles_for(rows: int, nibbles: bool, device: torch.device) -> Tiles:
-    """The measured choice."""
+    """The choice."""
     table = HOPPER[nibbles] if _is_hopper(device) else PORTABLE
     return next(tiles for most, tiles in table if rows <= most)
 
@@ -170,8 +168,3 @@ def _is_hopper(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _current(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Triton launches on the current device."""
-    return contextlib.nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)

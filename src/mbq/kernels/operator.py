@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -47,7 +48,13 @@ def _linear(
         raise MBQError(f"x is {x.dtype}; a quantized linear takes floats.".replace("torch.", ""))
     scheme = _scheme(bits, symmetric, group_size, activation_bits)
     weight = PackedWeight(words, scale, zero_point, (outputs, inputs), scheme)
-    return KERNELS[kernel].linear(x, weight, bias)
+    with current_device(x.device):
+        return KERNELS[kernel].linear(x, weight, bias)
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels are launched on the current device."""
+    return torch.get_device_module(device).device(device) if device.type in ("cuda", "xpu") else nullcontext()
 
 
 def _shape_of_linear(
