@@ -85,10 +85,10 @@ BACKBONE = {
 }
 
 
-def llava_onevision(**changes: Any) -> Any:
-    """LLaVA-OneVision-7B; ``changes`` of the backbone are for trials without a GPU."""
+def llava_onevision() -> Any:
+    """LLaVA-OneVision-7B: its class and configuration."""
     rope = {"rope_type": "default", "rope_theta": 1e6}
-    text = Qwen2Config(**{**BACKBONE, "vocab_size": 152128, "rope_parameters": rope, **changes})
+    text = Qwen2Config(**{**BACKBONE, "vocab_size": 152128, "rope_parameters": rope})
     vision = SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
@@ -102,33 +102,32 @@ def llava_onevision(**changes: Any) -> Any:
     config = LlavaOnevisionConfig(
         text_config=text,
         vision_config=vision,
-        image_token_index=min(151646, text.vocab_size - 2),
-        video_token_index=min(151647, text.vocab_size - 1),
+        image_token_index=151646,
+        video_token_index=151647,
         image_grid_pinpoints=[[height, width] for height in sides for width in sides],
         tie_word_embeddings=False,
     )
     return LlavaOnevisionForConditionalGeneration, config
 
 
-def qwen2_vl(**changes: Any) -> Any:
-    """Qwen2-VL-7B-Instruct; ``changes`` as above."""
+def qwen2_vl() -> Any:
+    """Qwen2-VL-7B-Instruct: its class and configuration."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = {**BACKBONE, "vocab_size": 152064, "rope_parameters": rope, **changes}
+    text = {**BACKBONE, "vocab_size": 152064, "rope_parameters": rope}
     vision = {"depth": 32, "embed_dim": 1280, "hidden_size": text["hidden_size"], "num_heads": 16, "mlp_ratio": 4}
-    last = text["vocab_size"] - 1
     config = Qwen2VLConfig(
         text_config=text,
         vision_config={**vision, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2},
-        vision_start_token_id=min(151652, last - 3),
-        vision_end_token_id=min(151653, last - 2),
-        image_token_id=min(151655, last - 1),
-        video_token_id=min(151656, last),
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        image_token_id=151655,
+        video_token_id=151656,
         tie_word_embeddings=False,
     )
     return Qwen2VLForConditionalGeneration, config
 
 
-FAMILIES: dict[str, Callable[..., Any]] = {"llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl}
+FAMILIES: dict[str, Callable[[], Any]] = {"llava_onevision": llava_onevision, "qwen2_vl": qwen2_vl}
 
 
 class Nothing:
@@ -153,11 +152,11 @@ class NoHead(nn.Module):
         return linear(x, weight, None, "nothing")
 
 
-def build(family: str, device: str, **changes: Any) -> Any:
+def build(family: str) -> Any:
     """The bf16 model with random weights, which never stops early."""
-    model_class, config = FAMILIES[family](**changes)
+    model_class, config = FAMILIES[family]()
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device("cuda"):
         model = model_class._from_config(config, dtype=torch.bfloat16)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
@@ -466,17 +465,17 @@ def measure_family(family: str, args: argparse.Namespace, report: dict[str, Any]
         model: Any = None
         step: Any = None
         with attempt("build", row):
-            model = build(family, args.device, **args.changes)
+            model = build(family)
             if variant != "bf16":
                 model, pairs = quantized(model, int(variant[1]), args.kernel)
                 row["error"] = check_linears(pairs)
                 say(f"    linears are right within {row['error']:.2g} of their outputs' spread")
                 del pairs
-            step = Step(model, args.positions)
+            step = Step(model)
             row["gigabytes"] = sum(each.nbytes for each in (*model.parameters(), *model.buffers())) / 1e9
         if step is not None and variant == "bf16":
             with attempt("lm_head alone", row):
-                x = torch.randn(1, 1, model.lm_head.in_features, dtype=torch.bfloat16, device=args.device)
+                x = torch.randn(1, 1, model.lm_head.in_features, dtype=torch.bfloat16, device="cuda")
                 found["lm_head"] = alone(lambda head=model.lm_head, x=x: head(x), args.rounds)
                 say(f"    lm_head alone {found['lm_head']:.0f} us")
             with attempt("attention", row):
@@ -538,7 +537,6 @@ def main() -> None:
     )
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     args = parser.parse_args()
-    args.device, args.positions, args.changes = "cuda", POSITIONS, {}
     if not torch.cuda.is_available():
         parser.error("this needs a GPU")
     run(args)
@@ -547,10 +545,10 @@ def main() -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "positions": args.positions,
+        "positions": POSITIONS,
         "families": {},
     }
     for family in args.families:

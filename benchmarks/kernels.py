@@ -39,7 +39,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels_peers import Peer, peers
-from mbq.bench import QWEN2_7B, Bench, Failure, Report, dtype_named, duration, ours, random_weight
+from mbq.bench import QWEN2_7B, Bench, dtype_named, ours, random_weight
+from mbq.bench_report import Failure, Report, duration
 from mbq.errors import MBQError
 from mbq.output import write_json
 from mbq.scheme import scheme_named

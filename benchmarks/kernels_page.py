@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_page import markdown
-from mbq.bench import CUBLAS, DENSE, HEADER, READING, STACK, Report, Time, cells, duration, shape_name
+from mbq.bench_report import CUBLAS, DENSE, HEADER, READING, STACK, Report, Time, cells, duration, shape_name
 from mbq.kernels import cuda
 
 ROOT = Path(__file__).parents[1]

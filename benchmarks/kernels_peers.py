@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from mbq.bench import Contender, Decoder, dtype_named, random_weight
+from mbq.bench import Contender, dtype_named, random_weight
+from mbq.bench_report import Decoder
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.scheme import Scheme, scheme_named
 

@@ -16,7 +16,6 @@ import argparse
 import concurrent.futures
 import json
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,13 +26,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mbq.bench import QWEN2_7B, microseconds
 from mbq.kernels import int8
 from mbq.kernels.int8 import Tiles
 from mbq.kernels.packed import PackedWeight
 from mbq.qtensor import quantize_activations
 from mbq.scheme import SCHEMES, Scheme
 
-LAYER = {"qkv": (4608, 3584), "o": (3584, 3584), "gate_up": (37888, 3584), "down": (3584, 18944)}
+LAYER = QWEN2_7B.shapes
 VISION = {"vision up": (4304, 1152), "vision down": (1152, 4304)}
 SHAPES = {**LAYER, **VISION}
 ROWS = (128, 512, 2048, 8192)
@@ -77,27 +77,9 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
 # ---- time ----
 
 
-def microseconds(calls: list[Callable[[], Any]], repeats: int) -> float:
-    """A call's time: the median of ``repeats`` replays of a CUDA graph of ``calls``, one after the other."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    times = []
-    for _ in range(repeats + 2):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return statistics.median(times[2:])
+def each(calls: list[Callable[[], Any]]) -> float:
+    """Microseconds of one of ``calls``, which run one after the other in a CUDA graph."""
+    return microseconds(lambda: [call() for call in calls]) / len(calls)
 
 
 def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -204,7 +186,7 @@ def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], Non
                 times = []
                 for tiles in (tiles for other, tiles in good if other == name):
                     try:
-                        took = tiles_time(weights, tiles, rows, dtype, args.repeats)
+                        took = tiles_time(weights, tiles, rows, dtype)
                     except Exception as error:
                         print(f"{name} {shape_name} {rows} {tiles}: {str(error).splitlines()[0][:150]}", flush=True)
                         continue
@@ -220,7 +202,7 @@ def tune(args: argparse.Namespace, dtype: torch.dtype, save: Callable[[Any], Non
                 _, whole, shared = int8.plan(rows, *shape, tiles, processors)
                 if shared:
                     int8.SPLIT_GAIN, usual = 2**31, int8.SPLIT_GAIN
-                    alone = tiles_time(weights, tiles, rows, dtype, args.repeats)
+                    alone = tiles_time(weights, tiles, rows, dtype)
                     int8.SPLIT_GAIN = usual
                     print(f"    {alone:8.1f}  the best if it does not share {shared} of its {whole + shared} tiles")
                 if shape_name in LAYER:
@@ -257,11 +239,11 @@ def _short(tiles: Tiles) -> str:
     )
 
 
-def tiles_time(weights: list[PackedWeight], tiles: Tiles, rows: int, dtype: torch.dtype, repeats: int) -> float:
+def tiles_time(weights: list[PackedWeight], tiles: Tiles, rows: int, dtype: torch.dtype) -> float:
     """The whole linear, quantization included."""
     x = torch.randn(rows, weights[0].shape[1], dtype=dtype, device="cuda")
     y = torch.empty(rows, weights[0].shape[0], dtype=dtype, device="cuda")
-    return microseconds([lambda w=w: int8.products(x, w, None, y, tiles) for w in weights], repeats)  # type: ignore[misc]
+    return each([lambda w=w: int8.products(x, w, None, y, tiles) for w in weights])  # type: ignore[misc]
 
 
 # ---- the comparison ----
@@ -286,17 +268,17 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
         for rows in args.rows:
             x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
             calls = [lambda x=x, w=w: F.linear(x, w) for w in dense]
-            attempt("16 bit", name, rows, lambda calls=calls: microseconds(calls, args.repeats))
+            attempt("16 bit", name, rows, lambda calls=calls: each(calls))
         del dense, calls
         for scheme in QUANTIZED:
             codes, weight = random_weight(SCHEMES[scheme], shape, dtype)
             weights = [with_words(weight, words) for words in copies_of(weight.words)]
             for rows in args.rows:
                 x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                attempt(scheme, name, rows, lambda x=x, ws=weights, c=codes: linear_time(x, ws, c, args.repeats))
+                attempt(scheme, name, rows, lambda x=x, ws=weights, c=codes: linear_time(x, ws, c))
                 if scheme == "W8A8":
-                    attempt("quantization", name, rows, lambda x=x: quantization_time(x, args.repeats))
-                    attempt("_int_mm", name, rows, lambda x=x, ws=weights: int_mm_time(x, ws, args.repeats))
+                    attempt("quantization", name, rows, lambda x=x: quantization_time(x))
+                    attempt("_int_mm", name, rows, lambda x=x, ws=weights: int_mm_time(x, ws))
             del weights, weight, codes
         if "humming" in args.peers:
             for bits in (4, 8):
@@ -308,30 +290,30 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
                     continue
                 for rows in args.rows:
                     x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                    attempt(way, name, rows, lambda x=x, f=layer: microseconds([lambda: f(x)], args.repeats))
+                    attempt(way, name, rows, lambda x=x, f=layer: each([lambda: f(x)]))
                 del layer
     return found
 
 
-def linear_time(x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor, repeats: int) -> float:
+def linear_time(x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor) -> float:
     """The whole linear, quantization included, once it was found exact. Raises ValueError if it is not."""
     bad = wrong(int8.linear(x, weights[0], None), x, codes, weights[0])
     if bad:
         raise ValueError(f"{bad} products are wrong")
-    return microseconds([lambda w=w: int8.linear(x, w, None) for w in weights], repeats)  # type: ignore[misc]
+    return each([lambda w=w: int8.linear(x, w, None) for w in weights])  # type: ignore[misc]
 
 
-def quantization_time(x: torch.Tensor, repeats: int) -> float:
+def quantization_time(x: torch.Tensor) -> float:
     from mbq.kernels import int8_source as source
 
     several = copies_of(x)
-    return microseconds([lambda x=x: source.quantize(x, 8) for x in several], repeats)  # type: ignore[misc]
+    return each([lambda x=x: source.quantize(x, 8) for x in several])  # type: ignore[misc]
 
 
-def int_mm_time(x: torch.Tensor, weights: list[PackedWeight], repeats: int) -> float:
+def int_mm_time(x: torch.Tensor, weights: list[PackedWeight]) -> float:
     """cuBLAS's int8 products, neither quantized before nor scaled after."""
     codes = torch.randint(-128, 128, x.shape, dtype=torch.int8, device="cuda")
-    return microseconds([lambda w=w: torch._int_mm(codes, w.words.T) for w in weights], repeats)  # type: ignore[misc]
+    return each([lambda w=w: torch._int_mm(codes, w.words.T) for w in weights])  # type: ignore[misc]
 
 
 def humming_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -377,7 +359,6 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="time the candidates instead of the comparison")
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--patience", type=float, default=90, help="seconds until a candidate counts as hung")
     parser.add_argument("--peers", nargs="*", default=[], choices=["humming"])
     parser.add_argument("--output", type=Path)

@@ -16,7 +16,8 @@ from benchmarks import kernels as script
 from benchmarks import kernels_page
 from benchmarks.kernels_peers import marlin_words, peers
 from mbq import bench
-from mbq.bench import CUBLAS, DENSE, READING, STACK, Contender, Decoder, Failure, Report, Time
+from mbq.bench import Contender
+from mbq.bench_report import CUBLAS, DENSE, READING, STACK, Decoder, Failure, Report, Time, cells, table
 from mbq.cli import app
 from mbq.errors import MBQError
 from mbq.kernels import compiled, reference
@@ -245,9 +246,9 @@ def test_the_table_has_a_row_a_product_and_says_what_failed() -> None:
     report = made_report()
     qkv = report.find("cuda", "W3A16", "float16", 1, "qkv")
     assert qkv is not None
-    assert bench.cells(report, qkv) == ["10.0", "40", "1 %", "5.0", "4.00"]
+    assert cells(report, qkv) == ["10.0", "40", "1 %", "5.0", "4.00"]
     console = Console(width=120, record=True)
-    console.print(bench.table(report))
+    console.print(table(report))
     text = console.export_text()
     lines = [line.split() for line in text.splitlines()]
     assert ["W3A16", "cuda", "1", "qkv", "4608x3584", "10.0", "40", "1", "%", "5.0", "4.00"] in lines

@@ -189,7 +189,7 @@ def test_the_page_states_the_figures_of_the_stored_runs(tmp_path: Path) -> None:
             found[method, seed] = made(method, dict.fromkeys(SHARES, share), seed=seed, num_calibration_samples=128)
             found[method, seed].save(folder / f"W3A16-{method}-{seed}.json")
     text = page(tmp_path, ["internvl", "qwen2_vl"], ["W3A16"])
-    assert "| Qwen2-VL |" not in text
+    assert not [line for line in text.splitlines() if "Qwen2-VL" in line and line.startswith(("|", "- Qwen", "#"))]
     image = ("arms", "colour")
     mean = {
         method: np.mean(

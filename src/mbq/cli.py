@@ -305,7 +305,8 @@ def bench_command(
     verbose: Verbose = 0,
 ) -> None:
     """Time the packed linears on this GPU, beside cuBLAS and beside only reading their bytes."""
-    from mbq.bench import bench, table
+    from mbq.bench import bench
+    from mbq.bench_report import table
     from mbq.output import write_json
 
     with shown(_errors()) as progress:
