@@ -549,6 +549,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "positions": POSITIONS,
+        "command": "python -m benchmarks.decode_step"
+        + (f" --bits {' '.join(map(str, args.bits))}" if args.bits != [3, 4] else ""),
         "families": {},
     }
     for family in args.families:

@@ -1,4 +1,4 @@
-"""Time of linears with quantized activations at many rows on this GPU, beside cuBLAS, in one process.
+"""Time of the linears of a prompt, many rows at once, on this GPU, beside cuBLAS, in one process.
 
     python -m benchmarks.prefill --output benchmarks/results/prefill.json
     python -m benchmarks.prefill --tune --output tune.json     # which tiles mbq/kernels/int8.py should hold
@@ -6,8 +6,9 @@
 
 Shapes are those of a Qwen2-7B decoder layer (qkv, o, gate_up, down) and of a vision tower's MLP. A time is the median
 over replays of a CUDA graph that goes once round copies of the weight larger than the L2; Humming's has one copy, which
-may stay there. "Layer" is the sum of the four. mbq's products are compared with exact integers before they are timed;
-what fails is printed and left out.
+may stay there. "Layer" is the sum of the four. mbq's int8 products are compared with exact integers before they are
+timed, those of W3A16 with float32; what fails is printed and left out. Last, W3A16's two ways, packed words in several
+launches and a 16-bit weight made on the way, are timed at the numbers of rows about which the second takes over.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mbq import bench
 from mbq.bench import QWEN2_7B, microseconds
-from mbq.kernels import int8
+from mbq.kernels import cuda, int8
 from mbq.kernels.int8 import Tiles
 from mbq.kernels.packed import PackedWeight
 from mbq.qtensor import quantize_activations
@@ -38,6 +40,8 @@ VISION = {"vision up": (4304, 1152), "vision down": (1152, 4304)}
 SHAPES = {**LAYER, **VISION}
 ROWS = (128, 512, 2048, 8192)
 QUANTIZED = ("W4A8", "W8A8")
+WEIGHT_ONLY = "W3A16"
+TAKEOVER_ROWS = (16, 32, 48, 64, 80, 96, 112, 128)
 ROTATE_BYTES = 160 * 2**20  # several times the L2
 COMPILERS = 28  # processes that compile at once
 
@@ -46,30 +50,26 @@ CANDIDATES: dict[str, tuple[Tiles, ...]] = {
     "W4A8": (
         Tiles(128, 128, 128, stages=4, programs=2),
         Tiles(128, 128, 128, stages=3, programs=2),
-        Tiles(128, 128, 256, stages=2, programs=2),
-        Tiles(64, 256, 128, stages=4, programs=2),
-        Tiles(256, 64, 128, stages=3, programs=2),
+        Tiles(128, 128, 128, stages=4, programs=2, group=32),
         Tiles(64, 128, 128, stages=4, programs=3),
         Tiles(64, 128, 128, stages=6, programs=2),
-        Tiles(128, 256, 128, warps=8, stages=5),
-        Tiles(128, 256, 128, warps=8, stages=6),
-        Tiles(128, 256, 256, warps=8, stages=3),
-        Tiles(256, 128, 128, warps=8, stages=5),
+        Tiles(64, 64, 128, stages=4, programs=4),
+        Tiles(128, 64, 128, stages=4, programs=3),
+        Tiles(32, 128, 128, stages=5, programs=3),
         Tiles(128, 128, 256, warps=8, stages=4),
-        Tiles(128, 128, 128, stages=4, programs=2, group=8),
-        Tiles(128, 256, 128, warps=8, stages=5, group=8),
+        Tiles(128, 256, 256, warps=8, stages=3),
     ),
     "W8A8": (
-        Tiles(128, 256, 128, warps=8, stages=4, weight_first=False),
-        Tiles(128, 256, 128, warps=8, stages=3, weight_first=False),
-        Tiles(128, 256, 256, warps=8, stages=2, weight_first=False),
-        Tiles(256, 128, 128, warps=8, stages=4, weight_first=False),
-        Tiles(128, 256, 128, warps=8, stages=4),
-        Tiles(256, 128, 128, warps=8, stages=4),
         Tiles(128, 128, 128, stages=3, programs=2, weight_first=False),
         Tiles(128, 128, 128, stages=3, programs=2),
         Tiles(64, 128, 128, stages=4, programs=2),
-        Tiles(128, 256, 128, warps=8, stages=4, weight_first=False, group=8),
+        Tiles(64, 128, 128, stages=3, programs=3),
+        Tiles(64, 64, 128, stages=4, programs=4),
+        Tiles(128, 64, 128, stages=3, programs=3),
+        Tiles(32, 128, 128, stages=4, programs=3),
+        Tiles(128, 256, 128, warps=8, stages=4, weight_first=False),
+        Tiles(128, 256, 128, warps=8, stages=4),
+        Tiles(256, 128, 128, warps=8, stages=4),
     ),
 }
 
@@ -270,6 +270,15 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
             calls = [lambda x=x, w=w: F.linear(x, w) for w in dense]
             attempt("16 bit", name, rows, lambda calls=calls: each(calls))
         del dense, calls
+        weights = weight_only(shape, dtype)
+        for rows in args.rows:
+            x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+            attempt(
+                WEIGHT_ONLY, name, rows, lambda x=x, ws=weights: each([lambda w=w: cuda.linear(x, w, None) for w in ws])
+            )
+        dense_weights = [lambda w=w: cuda.dense(w) for w in weights]
+        attempt("its dense weight", name, 0, lambda calls=dense_weights: each(calls))
+        del weights, dense_weights
         for scheme in QUANTIZED:
             codes, weight = random_weight(SCHEMES[scheme], shape, dtype)
             weights = [with_words(weight, words) for words in copies_of(weight.words)]
@@ -292,6 +301,37 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
                     x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
                     attempt(way, name, rows, lambda x=x, f=layer: each([lambda: f(x)]))
                 del layer
+    return found
+
+
+def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight]:
+    """Prepared W3A16 weights, one and copies of it. Raises MBQError where their products are wrong."""
+    device, scheme = torch.device("cuda", 0), SCHEMES[WEIGHT_ONLY]
+    packed = bench.random_weight(scheme, shape, dtype, device)
+    weight = cuda.prepare(packed)
+    contender = bench.Contender(WEIGHT_ONLY, cuda.prepare, lambda x, w: cuda.linear(x, w, None))
+    bench.check(contender, packed, weight, (cuda.PACKED_ROWS, cuda.PACKED_ROWS + 1), dtype)
+    return [PackedWeight(words, weight.scale, None, shape, scheme) for words in copies_of(weight.words)]
+
+
+def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Microseconds of a layer's four linears at W3A16, packed and through a dense weight, and in 16 bits."""
+    found: list[dict[str, Any]] = []
+    usual = cuda.PACKED_ROWS
+    try:
+        for rows in TAKEOVER_ROWS:
+            found.append({"rows": rows, "packed": 0.0, "dense": 0.0, "16 bit": 0.0})
+        for shape in LAYER.values():
+            weights = weight_only(shape, dtype)
+            sixteen = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
+            for row in found:
+                x = torch.randn(row["rows"], shape[1], dtype=dtype, device="cuda")
+                for way, limit in (("packed", TAKEOVER_ROWS[-1]), ("dense", 0)):
+                    cuda.PACKED_ROWS = limit
+                    row[way] += each([lambda w=w, x=x: cuda.linear(x, w, None) for w in weights])  # type: ignore[misc]
+                row["16 bit"] += each([lambda w=w, x=x: F.linear(x, w) for w in sixteen])  # type: ignore[misc]
+    finally:
+        cuda.PACKED_ROWS = usual
     return found
 
 
@@ -354,6 +394,13 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """What to type to measure it again."""
+    peers = f" --peers {' '.join(args.peers)}" if args.peers else ""
+    rows = f" --rows {' '.join(map(str, args.rows))}" if tuple(args.rows) != ROWS else ""
+    return f"python -m benchmarks.prefill{' --tune' if args.tune else ''} --dtype {args.dtype}{rows}{peers}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="time the candidates instead of the comparison")
@@ -367,6 +414,8 @@ def main() -> None:
         raise SystemExit("It measures a GPU, and torch sees none.")
     dtype = getattr(torch, args.dtype)
 
+    more: dict[str, Any] = {}
+
     def save(found: list[dict[str, Any]]) -> None:
         if args.output is None:
             return
@@ -374,8 +423,10 @@ def main() -> None:
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,
             "dtype": args.dtype,
+            "command": command_of(args),
         }
         report["tune" if args.tune else "runs"] = found
+        report.update(more)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(report, indent=1) + "\n")
 
@@ -385,6 +436,10 @@ def main() -> None:
         found = measure(args, dtype)
         save(found)
         print("\n".join(table(found)))
+        more["takeover"] = takeover(dtype)
+        save(found)
+        for row in more["takeover"]:
+            print("  ".join(f"{name} {value:.0f}" for name, value in row.items()))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,15 @@ static inline unsigned short from_float(float value) {
   return bits;
 }
 
+static inline float half_of(unsigned pair, int odd) { return to_float((unsigned short)(pair >> 16 * odd)); }
+static inline unsigned multiply_add(unsigned a, unsigned b, unsigned c) {
+  unsigned both = 0;
+  for (int odd = 0; odd < 2; odd++) both |= (unsigned)from_float(half_of(a, odd) * half_of(b, odd) + half_of(c, odd)) << 16 * odd;
+  return both;
+}
+
 // Every lane shows its operands to the others, then adds up its four elements.
 static unsigned shown[32][32][6];
-static inline float half_of(unsigned pair, int odd) { return to_float((unsigned short)(pair >> 16 * odd)); }
 static inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const unsigned mine[6] = {a0, a1, a2, a3, b0, b1};
@@ -74,6 +80,15 @@ static inline void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, uns
     }
   }
   pthread_barrier_wait(&whole_warp[warp]);
+}
+
+static inline float from_lane(float value, unsigned lane) {
+  const int warp = threadIdx.x / 32;
+  memcpy(shown[warp][threadIdx.x % 32], &value, sizeof value);
+  pthread_barrier_wait(&whole_warp[warp]);
+  memcpy(&value, shown[warp][lane], sizeof value);
+  pthread_barrier_wait(&whole_warp[warp]);
+  return value;
 }
 
 template <class Body> static void run_blocks(unsigned blocks, unsigned threads, Body body) {

@@ -244,7 +244,7 @@ def test_graphs_streams_and_devices() -> None:
                 assert torch.equal(linear(x, weight, None, "triton"), expected)
             torch.cuda.synchronize()
             graph, static = torch.cuda.CUDAGraph(), torch.zeros_like(x)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):
                 y = linear(static, weight, None, "triton")
             static.copy_(x)
             for _ in range(3):

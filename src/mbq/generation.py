@@ -114,7 +114,8 @@ class DecodeStep:
         self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # A stream of its own: the one that torch keeps is on the device of the process's first recording.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
                 self.outputs = self.model(**_replaced(arguments, self.tensors))
         except RuntimeError as error:
             reason = str(error).strip().split("\n")[0]

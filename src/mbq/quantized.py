@@ -17,6 +17,7 @@ from mbq.checkpoint.compressed_tensors import replace_linears
 from mbq.errors import MBQError
 from mbq.fuse import use_kernel
 from mbq.kernels import KERNELS
+from mbq.kernels.attention import use_attention
 from mbq.loading import load_model, read_config, torch_device, torch_dtype
 from mbq.qlinear import QuantLinear
 
@@ -34,7 +35,8 @@ def load(
     device  None is the CPU, "auto" a GPU where there is one
     dtype   of the float parameters, the scales and the activations; None is the folder's own
     kernel  "auto" or a name of ``mbq.kernels.KERNELS``; all but "reference" arrange the weights for themselves, and
-            q, k, v and gate, up run as one: such a model runs, and does not save
+            q, k, v and gate, up run as one: such a model runs, and does not save. On a GPU its decode steps over a
+            static cache use ``mbq.kernels.attention``
 
     With quantized activations a layer multiplies integer codes and scales the sum, where the search multiplied weights
     and activations rounded to the model's dtype: the same numbers before rounding, so results agree within it.
@@ -59,6 +61,8 @@ def load(
         if isinstance(layer, QuantLinear):
             _check_shape(name, layer, folder)
     use_kernel(model, kernel)
+    if kernel != "reference":
+        use_attention(model)
     return model.eval()
 
 

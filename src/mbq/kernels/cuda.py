@@ -35,7 +35,7 @@ from mbq.scheme import Scheme
 
 TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
-LAUNCH_ROWS, PACKED_ROWS = 16, 64  # rows of x that a launch takes; more than the latter go through a dense weight
+LAUNCH_ROWS, PACKED_ROWS = 16, 80  # rows of x that a launch takes; more than the latter go through a dense weight
 
 
 def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -179,7 +179,7 @@ def dense(weight: PackedWeight) -> torch.Tensor:
         ctypes.c_void_p(y.data_ptr()),
         *(ctypes.c_uint(each) for each in (outputs, inputs, tiles, units)),
     ]
-    function.launch(device, -(-tiles * units // 8), 256, arguments)
+    function.launch(device, -(-tiles * units // 8), 256, arguments, early=_architecture(device.index or 0) >= 90)
     return y
 
 
@@ -205,7 +205,7 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> t
         ("BF16", int(dtype == torch.bfloat16)),
         ("COLUMNS", columns),
         ("WARPS", WARPS),
-        ("DEPTH", 1 if bits == 8 else 2),
+        ("DEPTH", 1 if bits == 8 or columns == 16 else 2),
         ("EXACT", int(inputs % UNIT == 0)),
     )
 

@@ -80,6 +80,13 @@ __device__ __forceinline__ T from_float(float value) {
   return bits;
 }
 
+// a * b + c of both halves
+__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn." TYPE "x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 // c [16 x 8] += a [16 x 16] b [16 x 8]; lane 4g + t holds of c rows g (c0, c1) and g + 8 (c2, c3), columns 2t and 2t + 1.
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
@@ -92,6 +99,8 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
 #endif
 }
+
+__device__ __forceinline__ float from_lane(float value, u32 lane) { return __shfl_sync(0xFFFFFFFFu, value, lane); }
 
 __device__ __forceinline__ uint4 load_once(const uint4* address) {
   uint4 v;
@@ -136,25 +145,17 @@ template <int q> __device__ __forceinline__ u32 pair(const u32 (&w)[BITS]) {
 }
 
 // ---- products ----------------------------------------------------------------------------------------------------------
-// The mma steps of a set that have one offset follow each other. How many offsets a set has, and which is a step's:
-__device__ constexpr int offsets(int set) {
-  int count = 1;
-  for (int s = set * STEPS + 1; s < (set + 1) * STEPS; s++) count += bit_of(2 * s) != bit_of(2 * s - 2);
-  return count;
-}
-__device__ constexpr int offset_of(int s) {
-  int count = 0;
-  for (int other = s / STEPS * STEPS + 1; other <= s; other++) count += bit_of(2 * other) != bit_of(2 * other - 2);
-  return count;
-}
-
-// Step s of a unit, two pairs of inputs. b[n] are a lane's 32 inputs of one row of x, as 16 pairs.
+// Steps s and s + 1 of a unit, two pairs of inputs each. b[n] are a lane's 32 inputs of one row of x, as 16 pairs.
 //   acc   sum x * (offset + code)
-//   sum   sum x, for each offset by itself: c0, c1 (and c2, c3 again) are those of columns 2t, 2t + 1
-template <int s, int end, int OFFSETS>
-__device__ __forceinline__ void steps(float (&acc)[2][NT][4], float (&sum)[OFFSETS][NT][4], const u32 (&w)[4][BITS], const u32 (&b)[NT][16]) {
+//   sum   c0 + c2: sum x, c1 + c3: sum x * offset, of row g of x. These are products too, of x as it lies in registers with a
+//         column of ones and a column of offsets; "odd": the lane holds the latter
+template <int s, int end>
+__device__ __forceinline__ void steps(float (&acc)[2][NT][4], float (&sum)[NT][4], const u32 (&w)[4][BITS], const u32 (&b)[NT][16], bool odd) {
+  if constexpr (s % 2 == 0) {
+    const u32 low = odd ? BOTH(EXPONENT(bit_of(2 * s))) : ONE, high = odd ? BOTH(EXPONENT(bit_of(2 * s + 2))) : ONE;
 #pragma unroll
-  for (int n = 0; n < NT; n++) mma(sum[offset_of(s)][n], ONE, ONE, ONE, ONE, b[n][2 * s], b[n][2 * s + 1]);
+    for (int n = 0; n < NT; n++) mma(sum[n], b[n][2 * s], b[n][2 * s + 1], b[n][2 * s + 2], b[n][2 * s + 3], low, high);
+  }
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u32 a0 = pair<2 * s>(w[2 * half]), a1 = pair<2 * s>(w[2 * half + 1]);
@@ -162,17 +163,7 @@ __device__ __forceinline__ void steps(float (&acc)[2][NT][4], float (&sum)[OFFSE
 #pragma unroll
     for (int n = 0; n < NT; n++) mma(acc[half][n], a0, a1, a2, a3, b[n][2 * s], b[n][2 * s + 1]);
   }
-  if constexpr (s + 1 < end) steps<s + 1, end>(acc, sum, w, b);
-}
-
-// all += sum x and weighted += sum x * offset, of column e, over the offsets of steps s .. end - 1
-template <int s, int end, int OFFSETS> __device__ __forceinline__ void add_offsets(float& all, float& weighted, const float (&sum)[OFFSETS][NT][4], int n, int e) {
-  if constexpr (s % STEPS == 0 || offset_of(s) != offset_of(s - 1)) {
-    const float x = sum[offset_of(s)][n][e];
-    all += x;
-    weighted = fmaf((float)(1 << (MANTISSA - bit_of(2 * s))), x, weighted);
-  }
-  if constexpr (s + 1 < end) add_offsets<s + 1, end>(all, weighted, sum, n, e);
+  if constexpr (s + 1 < end) steps<s + 1, end>(acc, sum, w, b, odd);
 }
 
 // ---- a unit ----------------------------------------------------------------------------------------------------------
@@ -229,23 +220,24 @@ __device__ __forceinline__ void set_of(float (&scale)[4], float (&zero)[4], uint
 }
 
 // y += the unit's products with b
-template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4], const u32 (&w)[4][BITS], const Unit& unit, const u32 (&b)[NT][16]) {
-  float sum[offsets(set)][NT][4] = {}, acc[2][NT][4] = {}, scale[4], zero[4];
-  steps<set * STEPS, set * STEPS + STEPS>(acc, sum, w, b);
+template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4], const u32 (&w)[4][BITS], const Unit& unit, const u32 (&b)[NT][16], u32 g, u32 t) {
+  float sum[NT][4] = {}, acc[2][NT][4] = {}, scale[4], zero[4];
+  steps<set * STEPS, set * STEPS + STEPS>(acc, sum, w, b, g & 1);
   set_of(scale, zero, unit.sets[set]);
 #pragma unroll
-  for (int n = 0; n < NT; n++)
+  for (int n = 0; n < NT; n++) {
+    const float own_all = sum[n][0] + sum[n][2], own_weighted = sum[n][1] + sum[n][3];
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      float all = 0.f, weighted = 0.f;
-      add_offsets<set * STEPS, set * STEPS + STEPS>(all, weighted, sum, n, e);
+    for (int e = 0; e < 2; e++) {  // column 2t + e, which is another lane's g
+      const float all = from_lane(own_all, 8 * t + 4 * e), weighted = from_lane(own_weighted, 8 * t + 4 * e);
 #pragma unroll
       for (int i = 0; i < 4; i++) {  // rows g + 8i
         float& total = y[i / 2][n][i % 2 * 2 + e];
         total = fmaf(scale[i], acc[i / 2][n][i % 2 * 2 + e] - fmaf(zero[i], all, weighted), total);
       }
     }
-  if constexpr (set + 1 < SETS) multiply<set + 1>(y, w, unit, b);
+  }
+  if constexpr (set + 1 < SETS) multiply<set + 1>(y, w, unit, b, g, t);
 }
 
 // How the work is divided; the host knows (mbq/kernels/cuda.py).
@@ -310,7 +302,7 @@ linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y,
           b[n][4 * c + 3] = v.w;
         }
       words_of(w, queue[d]);
-      multiply<0>(sum, w, queue[d], b);
+      multiply<0>(sum, w, queue[d], b, g, t);
       if (unit + DEPTH < end) cursor.load(queue[d], d, unit + DEPTH >= tile_end);
       if (++k == units) {
         put_down();
@@ -338,44 +330,39 @@ linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y,
 }
 
 // The dense weight [outputs, inputs]: scale * (code - zero), rounded once. A warp writes a unit.
-template <int q> __device__ __forceinline__ void unpack(float (&code)[32], const u32 (&w)[BITS]) {
-  const u32 both = pair<q>(w);
-  constexpr float offset = (float)(1 << (MANTISSA - bit_of(q)));
-  code[2 * q] = to_float((T)both) - offset;
-  code[2 * q + 1] = to_float((T)(both >> 16)) - offset;
-  if constexpr (q < 15) unpack<q + 1>(code, w);
+// Pairs 4c + p of a row: offset + code less (offset + zero) is exact.
+template <int c, int p> __device__ __forceinline__ void unpack(u32 (&out)[4], const u32 (&w)[BITS], u32 scale, u32 minus_zero) {
+  constexpr int q = 4 * c + p;
+  const u32 minus_both = multiply_add(ONE, minus_zero, BOTH(EXPONENT(bit_of(q)) | 0x8000u));
+  out[p] = multiply_add(multiply_add(ONE, pair<q>(w), minus_both), scale, BOTH(0x8000u));
+  if constexpr (p < 3) unpack<c, p + 1>(out, w, scale, minus_zero);
+}
+
+template <int c> __device__ __forceinline__ void write(T* y, u32 left, const u32 (&w)[BITS], const u32 (&sets)[SETS]) {
+  u32 out[4];
+  const u32 set = sets[c * SETS / 4], scale = BOTH(set & 0xFFFFu), minus_zero = BOTH(set >> 16) ^ BOTH(0x8000u);
+  unpack<c, 0>(out, w, scale, minus_zero);
+  if (EXACT || 32 * c < left) *(uint4*)(y + 32 * c) = make_uint4(out[0], out[1], out[2], out[3]);
+  if constexpr (c < 3) write<c + 1>(y, left, w, sets);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 dense(Weight weight, T* __restrict__ y, u32 outputs, u32 inputs, u32 tiles, u32 units) {
   const u32 lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-  const u32 at = blockIdx.x * 8 + (threadIdx.x >> 5);
-  if (at >= tiles * units) return;
+  const u32 at = blockIdx.x * 8 + (threadIdx.x >> 5), tile = at / units;
+  const u32 first = (at - tile * units) * UNIT + 8 * t;
+  if (tile >= tiles) return;
   Unit unit;
-  Cursor(weight, at, at / units, lane).load(unit, 0, false);
+  Cursor(weight, at, tile, lane).load(unit, 0, false);
   u32 w[4][BITS];
   words_of(w, unit);
-  float scale[SETS][4], zero[SETS][4];
-#pragma unroll
-  for (int s = 0; s < SETS; s++) set_of(scale[s], zero[s], unit.sets[s]);
+  wait_for_previous_kernel();
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    const u32 output = at / units * TILE + 8 * i + g;
-    float code[32];
-    unpack<0>(code, w[i]);
-    if (output >= outputs) continue;
+    const u32 output = tile * TILE + 8 * i + g;
+    u32 sets[SETS];
 #pragma unroll
-    for (int c = 0; c < 4; c++) {
-      const u32 input = at % units * UNIT + 32 * c + 8 * t;
-      const int set = c * SETS / 4;
-      if (input >= inputs) continue;
-      u32 out[4];
-#pragma unroll
-      for (int p = 0; p < 4; p++) {
-        const float low = scale[set][i] * (code[8 * c + 2 * p] - zero[set][i]), high = scale[set][i] * (code[8 * c + 2 * p + 1] - zero[set][i]);
-        out[p] = (u32)from_float(low) | (u32)from_float(high) << 16;
-      }
-      *(uint4*)(y + (size_t)output * inputs + input) = make_uint4(out[0], out[1], out[2], out[3]);
-    }
+    for (int s = 0; s < SETS; s++) sets[s] = i == 0 ? unit.sets[s].x : i == 1 ? unit.sets[s].y : i == 2 ? unit.sets[s].z : unit.sets[s].w;
+    if (output < outputs && first < inputs) write<0>(y + (size_t)output * inputs + first, inputs - first, w[i], sets);
   }
 }

@@ -44,21 +44,21 @@ class Tiles:
     group: int = 16
 
 
-# (rows at most, tiles), for 8-bit weights and for narrower ones: by what the compiler made of them, without spills; not
-# chosen by time yet, which ``benchmarks/prefill.py --tune`` measures.
+# (rows at most, tiles), for 8-bit weights and for narrower ones. From 64 rows on the fastest on an H200 for the linears of a
+# 7B layer together (``benchmarks/prefill.py --tune``); below, by what the compiler made of them, without spills.
 HOPPER: dict[bool, tuple[tuple[float, Tiles], ...]] = {
     False: (
         (16, Tiles(16, 128, 128, stages=6, programs=2)),
         (32, Tiles(32, 128, 128, stages=5, programs=2)),
-        (64, Tiles(64, 128, 128, stages=4, programs=2)),
-        (256, Tiles(128, 128, 128, stages=3, programs=2)),
-        (float("inf"), Tiles(128, 256, 128, warps=8, stages=4, weight_first=False)),
+        (512, Tiles(64, 128, 128, stages=4, programs=2)),
+        (float("inf"), Tiles(128, 128, 128, stages=3, programs=2, weight_first=False)),
     ),
     True: (
         (16, Tiles(16, 128, 128, stages=8, programs=2)),
         (32, Tiles(32, 128, 128, stages=7, programs=2)),
-        (64, Tiles(64, 128, 128, stages=6, programs=2)),
-        (float("inf"), Tiles(128, 128, 128, stages=4, programs=2)),
+        (128, Tiles(64, 64, 128, stages=4, programs=4)),
+        (256, Tiles(64, 128, 128, stages=4, programs=3)),
+        (float("inf"), Tiles(128, 128, 128, stages=3, programs=2)),
     ),
 }
 # Small enough for the shared memory of any GPU.
@@ -67,7 +67,7 @@ PORTABLE: tuple[tuple[float, Tiles], ...] = (
     (32, Tiles(32, 64, 128, stages=3, programs=2)),
     (float("inf"), Tiles(64, 64, 128, stages=3, programs=2)),
 )
-SPLIT_GAIN = 8 * 128  # sharing tiles pays if it saves a program the products of this many inputs
+SPLIT_GAIN = 48 * 128  # sharing tiles pays if it saves a program the products of this many inputs, as measured
 
 
 def supports(scheme: Scheme, shape: tuple[int, int]) -> str | None:
