@@ -3,7 +3,8 @@
 python -m benchmarks.kernels_page
 
 benchmarks/results/kernels/*.json are runs of benchmarks/kernels.py with everything beside each other;
-benchmarks/results/kernels/steps/*.json, in the order of their names, runs that measured one design step each.
+benchmarks/results/kernels/steps/*.json, in the order of their names, runs that measured one design step each;
+benchmarks/results/prefill.json and decode_step.json what the scripts of these names wrote.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import kernels_sections as sections
 from benchmarks.results_page import markdown
 from mbq.bench_report import CUBLAS, DENSE, HEADER, READING, STACK, Report, Time, cells, duration, shape_name
 from mbq.kernels import cuda
 
 ROOT = Path(__file__).parents[1]
-STORED = ROOT / "benchmarks" / "results" / "kernels"
+STORED = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "kernels.md"
 OURS = ("cuda", "triton", "reference")
+STEP_ROWS = (1, 16)
 
 HEAD = """# Kernels
 
-Written by `python -m benchmarks.kernels_page` from the measurements in `benchmarks/results/kernels/`, each made by the
-command above its tables. `mbq bench` measures the same on your GPU.
+Written by `python -m benchmarks.kernels_page` from the measurements in `benchmarks/results/`, each made by the command
+above its tables. `mbq bench` measures the packed linears on your GPU.
 
 - Shapes are the linears of a decoder layer, q, k, v and gate, up joined. "N layers" is a whole model's worth of them,
   every linear with a weight of its own: quote that one, since single shapes keep a few per cent in the L2.
@@ -43,11 +46,11 @@ command above its tables. `mbq bench` measures the same on your GPU.
 LAYOUT = """## What runs when
 
 On an NVIDIA GPU from compute capability 7.5 on, weight-only schemes run in `kernels/decode.cu`, up to 16 rows of x a
-launch and 64 in all; more rows go through a dense weight in 16 bits, made anew in every call, and cuBLAS. Schemes with
-quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their sums int32.
-Other GPUs, float32 and other group sizes take a plain Triton kernel. Layers that read the same input (q, k, v; gate,
-up) are one call (`fuse.py`), and `mbq generate` replays its decode step as a CUDA graph. `kernels/attention.py` is an
-attention for decode steps over a static cache; `use_attention(model)` switches it on, and nothing does so by itself.
+launch and {packed_rows} in all; more rows go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
+Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their
+sums int32. Other GPUs, float32 and other group sizes take a plain Triton kernel. Layers that read the same input (q,
+k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step as a CUDA graph. Where `mbq.load`
+put a model on a GPU, decode steps over a static cache have the attention of `kernels/attention.py`.
 
 ## The packed layout
 
@@ -58,7 +61,8 @@ What `prepare` makes of a checkpoint's words for the CUDA kernel (the docstring 
 
 STEPS = """## What each step of the design brought
 
-Each was predicted before it was measured: the stack of W3A16 at one row, in microseconds.
+The stack of W3A16, float16, in microseconds; beside it what was expected at one row before it was measured, where a
+number was written down. A step's kernel is `src/mbq/kernels/` of the commit in brackets, without one today's.
 
 {steps}
 """
@@ -105,14 +109,19 @@ GOALS = (
 
 def page(stored: Path) -> str:
     """The page of the runs in ``stored``."""
-    runs = [Report.from_json(read(path)) for path in sorted(stored.glob("*.json"))]
-    steps = [read(path) for path in sorted((stored / "steps").glob("*.json"))]
+    runs = [Report.from_json(read(path)) for path in sorted((stored / "kernels").glob("*.json"))]
+    steps = [read(path) for path in sorted((stored / "kernels" / "steps").glob("*.json"))]
     parts = [HEAD]
     for run in runs:
         parts += [_run(run), _goals(run)]
     if not runs:
         parts.append("No run is stored here yet.\n")
-    parts += [_quoted(), LAYOUT.format(layout=layout()), STEPS.format(steps=_steps(steps))]
+    parts += [_quoted()]
+    for name, section in (("prefill", sections.prompt), ("decode_step", sections.step)):
+        path = stored / f"{name}.json"
+        if path.exists():
+            parts.append(section(read(path)))
+    parts += [LAYOUT.format(layout=layout(), packed_rows=cuda.PACKED_ROWS), STEPS.format(steps=_steps(steps))]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -239,15 +248,18 @@ def _quoted() -> str:
 
 
 def _steps(steps: Sequence[dict[str, Any]]) -> str:
-    """A row a step: the stack of W3A16 at one row, in the dtype that was measured first."""
+    """A row a step: the stack of W3A16, in the dtype that was measured first."""
     rows = []
     for step in steps:
         run = Report.from_json(step)
-        own = [t for t in run.times if is_own(t.by) and (t.scheme, t.rows, t.shape) == ("W3A16", 1, STACK)]
-        measured = duration(own[0].microseconds) if own else ""
+        measured = []
+        for count in STEP_ROWS:
+            own = [t for t in run.times if is_own(t.by) and (t.scheme, t.rows, t.shape) == ("W3A16", count, STACK)]
+            measured.append(duration(own[0].microseconds) if own else "")
         predicted = duration(step["predicted"]) if step.get("predicted") else ""
-        rows.append([step["step"], predicted, measured])
-    return markdown(["step", "predicted", "measured"], rows) if rows else "No run is stored here yet."
+        rows.append([step["step"], predicted, *measured])
+    header = ["step", "predicted, 1 row", *(f"measured, {count} row{'s' * (count > 1)}" for count in STEP_ROWS)]
+    return markdown(header, rows) if rows else "No run is stored here yet."
 
 
 def main() -> None:

@@ -261,12 +261,13 @@ def test_the_table_has_a_row_a_product_and_says_what_failed() -> None:
 
 
 def test_the_page_shows_runs_bars_peers_and_steps(tmp_path: Path) -> None:
-    (tmp_path / "steps").mkdir()
+    kernels = tmp_path / "kernels"
+    (kernels / "steps").mkdir(parents=True)
     content = made_report().to_json()
-    (tmp_path / "h200.json").write_text(json.dumps(content))
+    (kernels / "h200.json").write_text(json.dumps(content))
     for name, predicted in (("02-second", 45.0), ("01-first", None)):
         step = content | {"step": name[3:], "predicted": predicted}
-        (tmp_path / "steps" / f"{name}.json").write_text(json.dumps(step))
+        (kernels / "steps" / f"{name}.json").write_text(json.dumps(step))
     text = kernels_page.page(tmp_path)
     assert "`python -m benchmarks.kernels`, torch 2.11.0, CUDA 13.0. It reads 4,500 GB/s." in text
     assert "| 1 | cuda | 10.0 | 20.0 | 30.0 | 40.0 | 50.0 |" in text
@@ -277,13 +278,54 @@ def test_the_page_shows_runs_bars_peers_and_steps(tmp_path: Path) -> None:
     assert "| W3A16 | 1 | 28 layers | 1,050 | 850 | 50.0 (stretch) |" in text
     assert "- W3A16, float16, 1 rows, 28 layers: cuda takes 50.0 µs, Humming 100: 2.00x." in text
     assert "- Marlin W4A16 float16: no --marlin was given" in text
-    assert "| first |  | 50.0 |\n| second | 45.0 | 50.0 |" in text
+    assert "| first |  | 50.0 |  |\n| second | 45.0 | 50.0 |  |" in text
     assert "as quoted, another run" in text
     assert kernels_page.layout() in text
 
 
 def test_the_page_can_be_written_before_anything_is_measured(tmp_path: Path) -> None:
     assert kernels_page.page(tmp_path).count("No run is stored here yet.") == 2
+
+
+def test_the_page_has_a_section_of_a_prompt(tmp_path: Path) -> None:
+    """qkv, o, gate_up, down take 1, 2, 3, 4 times what one does."""
+    runs = [
+        {"way": way, "shape": shape, "rows": rows, "microseconds": factor * i}
+        for way, rows, factor in (
+            ("16 bit", 2048, 30),
+            ("W3A16", 2048, 40),
+            ("W4A8", 2048, 16),
+            ("its dense weight", 0, 15),
+        )
+        for i, shape in enumerate(("qkv", "o", "gate_up", "down"), start=1)
+    ]
+    takeover = [{"rows": 64, "packed": 5.0, "dense": 7.0, "16 bit": 3.0}]
+    takeover.append({"rows": 80, "packed": 8.0, "dense": 7.0, "16 bit": 3.0})
+    report = {"device": "NVIDIA H200", "torch": "2", "dtype": "bfloat16", "command": "this", "runs": runs}
+    (tmp_path / "prefill.json").write_text(json.dumps(report | {"takeover": takeover}))
+    text = kernels_page.page(tmp_path)
+    assert "| 2,048 | 300 | 400 (0.75x) | 160 (1.88x) |" in text
+    assert "| gate_up | 90.0 | 120 | 48.0 |" in text
+    assert "| W3A16, 2,048 rows | 0.95x | 1.0x | 0.75x (missed) |" in text
+    assert "| W4A8, 2,048 rows | 1.5x | 1.75x | 1.88x (stretch) |" in text
+    assert "by itself takes 150 µs, in a prompt of 2,048 rows 100 are left of it" in text
+    assert "faster from 80 rows on." in text
+
+
+def test_the_page_has_a_section_of_a_decode_step(tmp_path: Path) -> None:
+    def way(recorded: float, compiled: float) -> dict[str, Any]:
+        return {"eager": recorded, "compiled": compiled, "generate": {"recorded": {"tokens_a_second": 1e6 / recorded}}}
+
+    w3 = {"gigabytes": 5.0, "mbq": way(4000.0, 2000.0), "ratios": {"compiled": {"over_bf16_sdpa": 2.5}}}
+    w3["mbq"]["kernels"] = [{"name": "linear", "count": 112, "microseconds": 1155.8}]  # type: ignore[index]
+    families = {"qwen2_vl": {"bf16": {"gigabytes": 15.0, "sdpa": way(8000.0, 5000.0)}, "W3A16": w3}}
+    about = {"device": "NVIDIA H200", "torch": "2", "transformers": "5", "positions": 1024, "command": "this"}
+    (tmp_path / "decode_step.json").write_text(json.dumps(about | {"families": families}))
+    text = kernels_page.page(tmp_path)
+    assert "| Qwen2-VL-7B bf16 | sdpa | 15.0 | 8,000 | 1.00x | 5,000 | 1.00x | 125 |  |  |" in text
+    assert "| Qwen2-VL-7B W3A16 | mbq | 5.0 | 4,000 | 2.00x | 2,000 | 2.50x | 250 |  |  |" in text
+    assert "| Qwen2-VL-7B W3A16 | 2.3x | 3.2x | 2.50x |" in text
+    assert "| `linear` | 112 | 1,156 |" in text
 
 
 # ---- peers ----

@@ -1,0 +1,73 @@
+"""What the GPU benchmarks do besides timing."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+import torch
+
+from benchmarks import decode_step, prefill
+from mbq.kernels import int8
+from mbq.kernels.packed import pack_weight
+from mbq.kernels.reference import linear
+from mbq.qtensor import QTensor
+from mbq.scheme import SCHEMES
+
+
+@pytest.mark.parametrize("name", prefill.QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_wrong_products_are_counted(name: str, dtype: torch.dtype) -> None:
+    scheme = SCHEMES[name]
+    half = 2 ** (scheme.weights.bits - 1)
+    codes = torch.randint(-half, half, (40, 256), dtype=torch.int8)
+    packed = pack_weight(QTensor(codes, torch.full((40, 1), 0.01, dtype=dtype), None, scheme.weights), scheme)
+    x = torch.randn(150, 256, dtype=dtype)
+    y, weight = linear(x, packed, None), int8.prepare(packed)
+    assert prefill.wrong(y, x, codes, weight) == 0
+    y[0, 3] += 0.01 * y[0].abs().max()
+    y[149, 39] = torch.nan
+    assert prefill.wrong(y, x, codes, weight) == 2
+
+
+def test_a_prompts_table_sums_the_layer() -> None:
+    found = [
+        {"way": way, "shape": shape, "rows": 128, "microseconds": time}
+        for way, time in (("16 bit", 30.0), ("W4A8", 20.0))
+        for shape in prefill.LAYER
+    ]
+    lines = [line.split() for line in prefill.table(found)]
+    assert ["M=128", "layer", "120.0", "80.0"] in lines
+    assert ["M=128", "16", "bit", "/", "it", "1.00", "1.50"] in lines
+
+
+def test_copies_are_larger_than_the_cache_together() -> None:
+    tensor = torch.arange(2**20)
+    copies = prefill.copies_of(tensor)
+    assert sum(each.nbytes for each in copies) > prefill.ROTATE_BYTES
+    assert len({each.data_ptr() for each in copies}) == len(copies)
+    assert all(torch.equal(each, tensor) for each in copies)
+
+
+def test_the_command_of_a_prompt_can_be_typed_again() -> None:
+    args = argparse.Namespace(tune=False, rows=list(prefill.ROWS), dtype="bfloat16", peers=["humming"])
+    assert prefill.command_of(args) == "python -m benchmarks.prefill --dtype bfloat16 --peers humming"
+    args = argparse.Namespace(tune=True, rows=[1, 2], dtype="float16", peers=[])
+    assert prefill.command_of(args) == "python -m benchmarks.prefill --tune --dtype float16 --rows 1 2"
+
+
+def test_a_step_is_compared_with_both_kinds_of_16_bits() -> None:
+    found = {"bf16": {"sdpa": {"eager": 60.0, "compiled": 50.0}, "mbq": {"eager": 40.0}}, "W3A16": {}}
+    found["W3A16"]["mbq"] = {"eager": 20.0, "compiled": 10.0}
+    decode_step.compare("qwen2_vl", "W3A16", found)
+    ratios = found["W3A16"]["ratios"]
+    assert ratios == {"eager": {"over_bf16_sdpa": 3.0, "over_bf16_mbq": 2.0}, "compiled": {"over_bf16_sdpa": 5.0}}
+
+
+def test_the_models_of_a_step_have_their_published_sizes() -> None:
+    """Parameters in billions, as the model cards give them: 8.03 and 8.29, without weights."""
+    for family, billions in (("llava_onevision", 8.03), ("qwen2_vl", 8.29)):
+        made, config = decode_step.FAMILIES[family]()
+        with torch.device("meta"):
+            model = made(config)
+        assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.02)
