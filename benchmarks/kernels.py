@@ -12,10 +12,13 @@ python -m benchmarks.kernels --schemes W3A16 --rows 1 --dtypes float16 --peers -
     benchmarks/results/kernels/steps/02-wide-loads.json --step "16-byte loads" --predicted 1100
 
 Peers: torch's int4 product is there; GemLite and Humming are ``pip install gemlite humming-kernels``. Marlin has no
-wheel; its kernel is in AutoGPTQ's source, from which a library without torch is built (change sm_90 to your GPU's):
+wheel; its kernel is in AutoGPTQ's source, from which a library without torch is built (change sm_90 to your GPU's).
+CUDA 13's assembler drops the policy of its weight loads, and the kernel traps (IST-DASLab/marlin, issue 44), so sed
+takes the policy out:
 
     pip download --no-deps --no-binary=:all: --no-build-isolation auto-gptq==0.7.1   # or any copy of the file below
     tar xzf auto_gptq-0.7.1.tar.gz && cd auto_gptq-0.7.1/autogptq_extension/marlin && touch marlin_cuda_kernel.cuh
+    sed -i '/createpolicy/d; /\\.reg \\.b64 p/d; s/\\.L2::cache_hint \\(.*\\), p;/ \\1;/' marlin_cuda_kernel.cu
     cat > build.cu <<'END'
     #include "marlin_cuda_kernel.cu"
     extern "C" int marlin(const void* x, const void* words, void* y, void* scale, int rows, int outputs, int inputs,

@@ -65,12 +65,14 @@ class Peer:
 
 def peers(marlin: Path | None) -> list[Peer]:
     """All of them, in the order in which they run: what is likeliest to break the process comes last."""
-    found = [Peer("torch int4", ("W4A16",), ("bfloat16",), torch_int4)]
+    both = ("float16", "bfloat16")
+    found = [
+        Peer("torch int4", ("W4A16",), ("bfloat16",), torch_int4),
+        Peer("Humming", ("W3A16", "W4A16"), both, humming, "humming", warm_humming),
+        Peer("GemLite", ("W4A16",), ("float16",), gemlite, "gemlite", warm_gemlite, rows=4),
+    ]
     if marlin is not None:
         found.append(Peer("Marlin", ("W4A16",), ("float16",), partial(marlin_of, marlin), symmetric=True))
-    both = ("float16", "bfloat16")
-    found.append(Peer("Humming", ("W3A16", "W4A16"), both, humming, "humming", warm_humming))
-    found.append(Peer("GemLite", ("W4A16",), ("float16",), gemlite, "gemlite", warm_gemlite, rows=4))
     return found
 
 

@@ -270,15 +270,18 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
             calls = [lambda x=x, w=w: F.linear(x, w) for w in dense]
             attempt("16 bit", name, rows, lambda calls=calls: each(calls))
         del dense, calls
-        weights = weight_only(shape, dtype)
-        for rows in args.rows:
-            x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-            attempt(
-                WEIGHT_ONLY, name, rows, lambda x=x, ws=weights: each([lambda w=w: cuda.linear(x, w, None) for w in ws])
-            )
-        dense_weights = [lambda w=w: cuda.dense(w) for w in weights]
-        attempt("its dense weight", name, 0, lambda calls=dense_weights: each(calls))
-        del weights, dense_weights
+        if name in LAYER:  # whose inputs are whole groups
+            packed = weight_only(shape, dtype)
+            for rows in args.rows:
+                x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+                attempt(
+                    WEIGHT_ONLY,
+                    name,
+                    rows,
+                    lambda x=x, ws=packed: each([lambda w=w: cuda.linear(x, w, None) for w in ws]),
+                )
+            attempt("its dense weight", name, 0, lambda ws=packed: each([lambda w=w: cuda.dense(w) for w in ws]))
+            del packed
         for scheme in QUANTIZED:
             codes, weight = random_weight(SCHEMES[scheme], shape, dtype)
             weights = [with_words(weight, words) for words in copies_of(weight.words)]
@@ -383,7 +386,7 @@ def table(found: list[dict[str, Any]]) -> list[str]:
     ways = list(dict.fromkeys(row["way"] for row in found))
     times = {(row["way"], row["shape"], row["rows"]): row["microseconds"] for row in found}
     lines = ["microseconds".ljust(24) + "".join(way.rjust(16) for way in ways)]
-    for rows in sorted({row["rows"] for row in found}):
+    for rows in sorted({row["rows"] for row in found} - {0}):
         for shape in SHAPES:
             cells = "".join(f"{times.get((way, shape, rows), float('nan')):16.1f}" for way in ways)
             lines.append(f"M={rows} {shape}".ljust(24) + cells)

@@ -241,7 +241,7 @@ def test_the_source_multiplies_on_the_cpu(
 def test_rows_beyond_a_launch_and_other_inputs_find_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the host does before and between launches, the launches in emulation: chunks of rows, strides, bias."""
     torch.manual_seed(0)
-    monkeypatch.setattr(cuda, "WARPS", 2)
+    monkeypatch.setattr(cuda, "WARPS", {8: 2, 16: 2})
     monkeypatch.setattr(cuda, "_processors", lambda index: 2)
     monkeypatch.setattr(cuda, "_architecture", lambda index: 80)
     libraries: dict[tuple, ctypes.CDLL] = {}

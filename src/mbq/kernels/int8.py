@@ -44,8 +44,8 @@ class Tiles:
     group: int = 16
 
 
-# (rows at most, tiles), for 8-bit weights and for narrower ones. From 64 rows on the fastest on an H200 for the linears of a
-# 7B layer together (``benchmarks/prefill.py --tune``); below, by what the compiler made of them, without spills.
+# (rows at most, tiles), for 8-bit weights and for narrower ones. From 64 rows on what is fastest on an H200 for a 7B
+# layer's linears together (``benchmarks/prefill.py --tune``); below, by what the compiler made of them, without spills.
 HOPPER: dict[bool, tuple[tuple[float, Tiles], ...]] = {
     False: (
         (16, Tiles(16, 128, 128, stages=6, programs=2)),
