@@ -200,7 +200,7 @@ def _goals(run: Report) -> str:
     for goal in GOALS:
         found = [_own(run, goal, dtype) for dtype in dtypes]
         if any(found):
-            cells = [f"{duration(time.microseconds)}{_verdict(time, goal)}" if time else "" for time in found]
+            cells = [f"{_exactly(time.microseconds)}{_verdict(time, goal)}" if time else "" for time in found]
             shape = shape_name(run.decoder, goal.shape)
             rows.append([goal.scheme, str(goal.rows), shape, duration(goal.bar), duration(goal.stretch), *cells])
     if "H200" not in run.device or not rows:
@@ -214,6 +214,10 @@ def _own(run: Report, goal: Goal, dtype: str) -> Time | None:
     wanted = (goal.scheme, dtype, goal.rows, goal.shape)
     found = [t for t in run.times if is_own(t.by) and (t.scheme, t.dtype, t.rows, t.shape) == wanted]
     return min(found, key=lambda time: time.microseconds, default=None)
+
+
+def _exactly(microseconds: float) -> str:
+    return f"{microseconds:.2f}" if microseconds < 10 else duration(microseconds)
 
 
 def _verdict(time: Time, goal: Goal) -> str:
@@ -231,8 +235,8 @@ def _against_peers(run: Report) -> str:
         own = _own(run, Goal(time.scheme, time.rows, STACK, 0, 0), time.dtype)
         if own is not None:
             lines.append(
-                f"- {time.scheme}, {time.dtype}, {time.rows} rows, {run.decoder.layers} layers: {own.by} takes "
-                f"{duration(own.microseconds)} µs, {time.by} {duration(time.microseconds)}: "
+                f"- {time.scheme}, {time.dtype}, {time.rows} row{'s' * (time.rows > 1)}, {run.decoder.layers} layers: "
+                f"{own.by} takes {duration(own.microseconds)} µs, {time.by} {duration(time.microseconds)}: "
                 f"{time.microseconds / own.microseconds:.2f}x."
             )
     return "\n".join([*lines, ""]) if lines else ""

@@ -319,23 +319,25 @@ def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight
 
 def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
     """Microseconds of a layer's four linears at W3A16, packed and through a dense weight, and in 16 bits."""
-    found: list[dict[str, Any]] = []
-    usual = cuda.PACKED_ROWS
+    found: list[dict[str, Any]] = [{"rows": rows, "packed": 0.0, "dense": 0.0, "16 bit": 0.0} for rows in TAKEOVER_ROWS]
+    for shape in LAYER.values():
+        weights = weight_only(shape, dtype)
+        sixteen = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
+        for row in found:
+            x = torch.randn(row["rows"], shape[1], dtype=dtype, device="cuda")
+            row["packed"] += with_packed_rows(TAKEOVER_ROWS[-1], x, weights)
+            row["dense"] += with_packed_rows(0, x, weights)
+            row["16 bit"] += each([lambda w=w, x=x: F.linear(x, w) for w in sixteen])  # type: ignore[misc]
+    return found
+
+
+def with_packed_rows(most: int, x: torch.Tensor, weights: list[PackedWeight]) -> float:
+    """Microseconds, where packed words are read for up to ``most`` rows."""
+    usual, cuda.PACKED_ROWS = cuda.PACKED_ROWS, most
     try:
-        for rows in TAKEOVER_ROWS:
-            found.append({"rows": rows, "packed": 0.0, "dense": 0.0, "16 bit": 0.0})
-        for shape in LAYER.values():
-            weights = weight_only(shape, dtype)
-            sixteen = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
-            for row in found:
-                x = torch.randn(row["rows"], shape[1], dtype=dtype, device="cuda")
-                for way, limit in (("packed", TAKEOVER_ROWS[-1]), ("dense", 0)):
-                    cuda.PACKED_ROWS = limit
-                    row[way] += each([lambda w=w, x=x: cuda.linear(x, w, None) for w in weights])  # type: ignore[misc]
-                row["16 bit"] += each([lambda w=w, x=x: F.linear(x, w) for w in sixteen])  # type: ignore[misc]
+        return each([lambda w=w: cuda.linear(x, w, None) for w in weights])  # type: ignore[misc]
     finally:
         cuda.PACKED_ROWS = usual
-    return found
 
 
 def linear_time(x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor) -> float:

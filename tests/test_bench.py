@@ -276,7 +276,7 @@ def test_the_page_shows_runs_bars_peers_and_steps(tmp_path: Path) -> None:
     assert "|  | only reads | 5.0 |  |  |  |  |" in text
     assert "| W3A16 | 1 | qkv 4608x3584 | 4.5 | 3.7 | 10.0 (missed) |" in text
     assert "| W3A16 | 1 | 28 layers | 1,050 | 850 | 50.0 (stretch) |" in text
-    assert "- W3A16, float16, 1 rows, 28 layers: cuda takes 50.0 µs, Humming 100: 2.00x." in text
+    assert "- W3A16, float16, 1 row, 28 layers: cuda takes 50.0 µs, Humming 100: 2.00x." in text
     assert "- Marlin W4A16 float16: no --marlin was given" in text
     assert "| first |  | 50.0 |  |\n| second | 45.0 | 50.0 |  |" in text
     assert "as quoted, another run" in text

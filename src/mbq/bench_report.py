@@ -123,9 +123,9 @@ def table(report: Report) -> Table:
     """A row a scheme, number of rows and shape; what failed, and why, is the caption."""
     dtypes = " and ".join(dict.fromkeys(time.dtype for time in report.times))
     ceiling = f"; it reads {report.ceiling:,.0f} GB/s" if report.ceiling else ""
-    made = Table(
-        title=f"{report.device}, {dtypes}{ceiling}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
-    )
+    title = f"{report.device}, {dtypes}{ceiling}"
+    # No margins, so that every figure fits 80 columns.
+    made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", padding=0, show_edge=False)
     for name in ("scheme", "by", "rows", "shape"):
         made.add_column(name, no_wrap=True)
     for name in HEADER:

@@ -83,18 +83,15 @@ def cubin_of(source: str, name: str, architecture: int, options: Mapping[str, in
     return cubin
 
 
-SHARED_BYTES = 48 * 1024  # what a block gets without asking
-
-
 class Function:
     """A kernel, ready to launch on any device of its architecture."""
 
     def __init__(self, library: Any, name: str, shared_bytes: int = 0) -> None:
+        assert shared_bytes <= 48 * 1024, "more shared memory has to be asked for, device by device"
         _, driver = bindings()
         kernel = _checked(driver.cuLibraryGetKernel(library, name.encode()), f"cuLibraryGetKernel({name})")
         self.shared_bytes = shared_bytes
-        self._driver, self._kernel, self._function = driver, kernel, driver.CUfunction(int(kernel))
-        self._raised: set[int] = set()  # devices on which the limit of shared memory was raised
+        self._driver, self._function = driver, driver.CUfunction(int(kernel))
 
     def launch(
         self,
@@ -109,12 +106,7 @@ class Function:
         arguments  ctypes values, in the kernel's order
         early      let the kernel start before the one before it has ended (it waits itself); compute capability 9.0 on
         """
-        driver, index = self._driver, device.index or 0
-        if self.shared_bytes > SHARED_BYTES and index not in self._raised:
-            limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            status = driver.cuKernelSetAttribute(limit, self.shared_bytes, self._kernel, driver.CUdevice(index))
-            _checked(status, "cuKernelSetAttribute")
-            self._raised.add(index)
+        driver = self._driver
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1

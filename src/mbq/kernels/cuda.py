@@ -33,11 +33,7 @@ from mbq.kernels import compiled
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.scheme import Scheme
 
-TILE, UNIT = 32, 128
-WARPS = {
-    8: 12,
-    16: 16,
-}  # a block, by the columns of the mma; the second has one unit in flight, and needs others to wait
+TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
 LAUNCH_ROWS, PACKED_ROWS = 16, 80  # rows of x that a launch takes; more than the latter go through a dense weight
 
@@ -158,9 +154,7 @@ def _multiply(
     """Rows ``first`` .. ``first + rows`` of x into those of y; at most LAUNCH_ROWS, since a launch reads all words."""
     (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
     index, size = x.device.index or 0, x.element_size()
-    columns = 8 if rows <= 8 else 16
-    warps = WARPS[columns]
-    blocks = max(min(_processors(index), tiles), -(-tiles // warps))  # a warp's run of units meets two tiles at most
+    blocks = max(min(_processors(index), tiles), -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
     arguments = [
         ctypes.c_void_p(x.data_ptr() + first * inputs * size),
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
@@ -169,8 +163,8 @@ def _multiply(
         *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
         plan(tiles, units, blocks, rows),
     ]
-    function = _function("linear", _options(weight.scheme, x.dtype, columns, inputs), index)
-    function.launch(x.device, blocks, 32 * warps, arguments, early=_architecture(index) >= 90)
+    function = _function("linear", _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs), index)
+    function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
 
 
 def dense(weight: PackedWeight) -> torch.Tensor:
@@ -209,7 +203,7 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> t
         ("GROUP", scheme.weights.group_size or 0),
         ("BF16", int(dtype == torch.bfloat16)),
         ("COLUMNS", columns),
-        ("WARPS", WARPS[columns]),
+        ("WARPS", WARPS),
         ("DEPTH", 1 if bits == 8 or columns == 16 else 2),
         ("EXACT", int(inputs % UNIT == 0)),
     )
@@ -219,8 +213,8 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> t
 def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
     source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
     library = compiled.library(source, "decode.cu", _architecture(index), options)
-    columns = dict(options)["COLUMNS"]
-    return compiled.Function(library, name, WARPS[columns] * 2 * columns * TILE * 4 if name == "linear" else 0)
+    shared = WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
+    return compiled.Function(library, name, shared)
 
 
 @cache
