@@ -4,18 +4,27 @@ transformers' code calls ``q_proj(x)``, ``k_proj(x)``, ``v_proj(x)``, and keeps 
 ``LinearSlice`` of one ``FusedLinear``. The first that is called with an x computes all outputs, the others take their
 columns of them, and the last lets go of them. Which linears read the same input is what families.py says; where they
 are given different inputs after all, every call computes, and is right.
+
+What lies between the linears, norms and the gates of MLPs, runs as one kernel each: such a module gets another
+``forward``, where a trial finds that it computes the same. torch.compile fuses more, and sees transformers' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+import types
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from mbq.errors import MBQError
 from mbq.families import FAMILIES, VISION_GROUPS
-from mbq.kernels import choose
+from mbq.kernels import choose, int8
+from mbq.kernels.attention import runs
+from mbq.kernels.elementwise import MOST_INPUTS, gated, rms_norm
+from mbq.kernels.operator import current_device
 from mbq.kernels.packed import PackedWeight
 from mbq.packing import pack, unpack
 from mbq.qlinear import QuantLinear
@@ -90,7 +99,8 @@ class LinearSlice(nn.Module):
 def use_kernel(model: nn.Module, kernel: str) -> None:
     """Let every ``QuantLinear`` of ``model`` use ``kernel`` ("auto" or a name), fused where that saves calls; once.
 
-    Layers that the plain torch kernel runs stay as they are: nothing is saved there, and the model can be saved.
+    Layers that the plain torch kernel runs stay as they are: nothing is saved there, and the model can be saved. Norms
+    and gates run as one kernel each where Triton does.
 
     Raises MBQError where the named kernel does not support a layer.
     """
@@ -98,6 +108,8 @@ def use_kernel(model: nn.Module, kernel: str) -> None:
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.use(kernel)
+    if kernel != "reference":
+        one_kernel_each(model)
 
 
 def fuse(model: nn.Module, kernel: str) -> None:
@@ -161,3 +173,84 @@ def _version(x: torch.Tensor) -> int:
     between the calls of one group.
     """
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+# ---- norms and MLPs --------------------------------------------------------------------------------------------------
+
+
+def one_kernel_each(model: nn.Module) -> None:
+    """Norms, and gates of MLPs whose gate and up are one layer."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    tried: dict[tuple[type, str], bool] = {}
+    for module in list(model.modules()):
+        forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
+        if forward is None:
+            continue
+        key = (type(module), str(getattr(module, "act_fn", "")))
+        if key not in tried:
+            tried[key] = _agrees(module, forward)
+        if tried[key]:
+            module.forward = types.MethodType(forward, module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.dim() == 1
+        and runs(weight.device)
+        and weight.numel() <= MOST_INPUTS
+        and hasattr(module, "variance_epsilon")
+        and [name for name, _ in module.named_parameters()] == ["weight"]
+    )
+
+
+def _norm_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if not _eager(x) or x.dtype != self.weight.dtype:
+        return type(self).forward(self, x)
+    return rms_norm(x, self.weight, self.variance_epsilon)  # type: ignore[arg-type]
+
+
+def _is_gated_mlp(module: nn.Module) -> bool:
+    """Two slices of one layer, an activation, and the linear that takes their product, nothing else."""
+    children = list(module.children())
+    slices = [child for child in children if isinstance(child, LinearSlice)]
+    return (
+        len(children) == 4
+        and len(slices) == 2
+        and slices[0].fused is slices[1].fused
+        and slices[0].out_features == slices[1].out_features
+        and any(isinstance(child, nn.SiLU | SiLUActivation) for child in children)
+        and any(isinstance(child, QuantLinear) for child in children)
+        and runs(slices[0].fused.layer.weight_scale.device)
+    )
+
+
+def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if not _eager(x):
+        return type(self).forward(self, x)
+    fused = next(child for child in self.children() if isinstance(child, LinearSlice)).fused
+    down = next(child for child in self.children() if isinstance(child, QuantLinear))
+    both = fused.layer(x)
+    if down.kernel == "triton" and down.scheme.activations is not None:
+        with current_device(x.device):
+            return int8.linear(both, down.packed, down.bias, gated=True)
+    return down(gated(both))
+
+
+def _eager(x: torch.Tensor) -> bool:
+    """Whether nobody compiles, and no gradient is asked for."""
+    return not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+@torch.no_grad()
+def _agrees(module: nn.Module, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> bool:
+    """Whether ``forward`` gives what the module's own does, to a few roundings, on a few random rows."""
+    tensors = [*module.parameters(), *module.buffers()]
+    dtype, device = next(each.dtype for each in tensors if each.is_floating_point()), tensors[0].device
+    slices = [child for child in module.children() if isinstance(child, LinearSlice)]
+    inputs = slices[0].in_features if slices else tensors[0].numel()
+    x = torch.randn(4, inputs, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+    wanted, found = module(x).double(), forward(module, x).double()
+    return bool((found - wanted).norm() <= 8 * torch.finfo(dtype).eps * wanted.norm())

@@ -78,7 +78,7 @@ def _unfit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
     """None if ``attention`` takes these, or why not; cheap, because every layer of every step asks."""
     batch, heads, queries, dim = query.shape
     kv_heads, positions = key.shape[1], key.shape[2]
-    if not (query.device == key.device == value.device == mask.device) or not _runs(query.device):
+    if not (query.device == key.device == value.device == mask.device) or not runs(query.device):
         return f"it runs on one GPU, and the query is on {query.device}"
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         return "Triton's interpreter has no products of bfloat16"
@@ -98,7 +98,7 @@ def _fits(dim: int) -> bool:
     return 16 <= dim <= 256 and dim & (dim - 1) == 0
 
 
-def _runs(device: torch.device) -> bool:
+def runs(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") or (INTERPRETED and device.type == "cpu")
 
 
@@ -130,7 +130,7 @@ def use_attention(model: PreTrainedModel) -> bool:
 
     Its vision tower keeps its own. Configurations do not save the choice.
     """
-    if not _runs(model.device) or importlib.util.find_spec("triton") is None:
+    if not runs(model.device) or importlib.util.find_spec("triton") is None:
         return False
     if model.device.type == "cuda" and torch.cuda.get_device_capability(model.device) < (8, 0):
         return False

@@ -97,18 +97,28 @@ def prepare(weight: PackedWeight) -> PackedWeight:
     return PackedWeight(words, weight.scale.contiguous(), None, weight.shape, weight.scheme)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., inputs] to [..., outputs] in x's dtype."""
-    outputs, inputs = weight.shape
-    flat = x.reshape(-1, inputs)
+def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, gated: bool = False) -> torch.Tensor:
+    """x [..., inputs] to [..., outputs] in x's dtype.
+
+    gated  x is [..., 2 inputs]; silu(first half) * second half is what is multiplied, and is nowhere in 16 bits
+    """
+    outputs = weight.shape[0]
+    flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(flat.shape[0], outputs)
     if y.numel():
-        products(flat, weight, bias, y, tiles_for(len(flat), has_nibbles(weight.scheme), x.device))
+        products(flat, weight, bias, y, tiles_for(len(flat), has_nibbles(weight.scheme), x.device), gated)
     return y.view(*x.shape[:-1], outputs)
 
 
-def products(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y: torch.Tensor, tiles: Tiles) -> None:
-    """x [rows, inputs], quantized a row, times a prepared weight into y [rows, outputs]."""
+def products(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tiles: Tiles,
+    gated: bool = False,
+) -> None:
+    """x [rows, inputs], or [rows, 2 inputs] if ``gated``, quantized a row, times a weight into y [rows, outputs]."""
     from mbq.kernels import int8_source as source
 
     assert weight.scheme.activations is not None
@@ -118,7 +128,7 @@ def products(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, y
         words = -(-shared * (tiles.rows * tiles.outputs + 1) // source.ZEROS) * source.ZEROS
         partial = torch.empty(words, dtype=torch.int32, device=x.device)
     rows = x if x.stride(1) == 1 else x.contiguous()
-    codes, scales = source.quantize(rows, weight.scheme.activations.bits, partial)
+    codes, scales = source.quantize(rows, weight.scheme.activations.bits, partial, gated)
     source.products(
         codes,
         scales,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from mbq.kernels.elementwise_source import gate
 from mbq.kernels.int8 import CHUNK, Tiles
 
 ZEROS = 16384  # words that a program of the quantization kernel clears
@@ -30,25 +31,35 @@ def _nearest(value, scale, reciprocal):  # type: ignore[no-untyped-def]
     return (quotient + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
+@triton.jit
+def _loaded(x, k, inputs, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    value = tl.load(x + k, mask=k < inputs, other=0.0)
+    if GATED:
+        value = gate(value, tl.load(x + inputs + k, mask=k < inputs, other=0.0))
+    return value.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _quantized_rows(  # type: ignore[no-untyped-def]
     x, codes, scales, cleared, rows, inputs, x_stride, codes_stride,
     MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr, ZEROS: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """Program i < rows: row i of x as int8 codes and its scale, absmax / MOST. The others clear ``cleared``.
 
-    A row is held in registers as two powers of two, BLOCK and REST, so that it is read once and few lanes idle.
+    GATED: a row is silu(its first inputs) * the others. It is held in registers as two powers of two, BLOCK and REST,
+    so that it is read once and few lanes idle.
     """
     program = tl.program_id(0)
     if program < rows:
         x += program.to(tl.int64) * x_stride
         codes += program.to(tl.int64) * codes_stride
         k = tl.arange(0, BLOCK)
-        value = tl.load(x + k, mask=k < inputs, other=0.0).to(tl.float32)
+        value = _loaded(x, k, inputs, GATED)
         most = tl.max(tl.abs(value), 0)
         if REST:
             l = BLOCK + tl.arange(0, REST)  # noqa: E741
-            tail = tl.load(x + l, mask=l < inputs, other=0.0).to(tl.float32)
+            tail = _loaded(x, l, inputs, GATED)
             most = tl.maximum(most, tl.max(tl.abs(tail), 0))
         scale = tl.maximum(tl.div_rn(most, MOST * 1.0), LEAST)
         tl.store(scales + program, scale)
@@ -172,13 +183,17 @@ def _products(  # type: ignore[no-untyped-def]
 # ---- launches ----
 
 
-def quantize(x: torch.Tensor, bits: int, cleared: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(
+    x: torch.Tensor, bits: int, cleared: torch.Tensor | None = None, gated: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 codes [rows, inputs] of x, whose rows are contiguous, and float32 scales [rows].
+
+    If ``gated``, of silu(first half) * second half of x [rows, 2 inputs].
 
     ``cleared``, int32, becomes zeros; it has a multiple of ZEROS words.
     Rows of codes begin at multiples of 16 bytes, as descriptors want them.
     """
-    rows, inputs = x.shape
+    rows, inputs = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
     codes = torch.empty(rows, -(-inputs // 16) * 16, dtype=torch.int8, device=x.device)[:, :inputs]
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     clearing = 0 if cleared is None else cleared.numel() // ZEROS
@@ -187,7 +202,7 @@ def quantize(x: torch.Tensor, bits: int, cleared: torch.Tensor | None = None) ->
     _quantized_rows[(rows + clearing,)](
         *(x, codes, scales, scales if cleared is None else cleared),
         *(rows, inputs, x.stride(0), codes.stride(0)),
-        MOST=2 ** (bits - 1) - 1, LEAST=LEAST_SCALE, BLOCK=block, REST=rest, ZEROS=ZEROS,
+        MOST=2 ** (bits - 1) - 1, LEAST=LEAST_SCALE, BLOCK=block, REST=rest, ZEROS=ZEROS, GATED=gated,
         num_warps=4 if block <= 4096 else 8 if block <= 8192 else 16,
     )  # fmt: skip
     return codes, scales
