@@ -30,7 +30,7 @@ DTYPES = [torch.float16, torch.float32] + ([torch.bfloat16] if DEVICE == "cuda" 
 
 
 def nearly(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Float32 sums and exponentials differ in some last places; 16 bits then mostly round to the same, or to the next."""
+    """Float32 sums and exponentials differ in some last places; 16 bits then mostly round to the same."""
     assert found.dtype == wanted.dtype
     assert found.shape == wanted.shape
     eps, least = torch.finfo(wanted.dtype).eps, torch.finfo(wanted.dtype).tiny
