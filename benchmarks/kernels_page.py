@@ -51,11 +51,11 @@ Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quant
 sums int32. Other GPUs, float32 and other group sizes take a plain Triton kernel. Layers that read the same input (q,
 k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step as a CUDA graph. Where `mbq.load`
 put a model on a GPU, decode steps over a static cache have the attention of `kernels/attention.py`, and norms and the
-gates of MLPs are one kernel each (`kernels/elementwise.py`); a gate that is multiplied in 8 bits next is quantized as it
-is computed.
+gates of MLPs are one kernel each (`kernels/elementwise.py`); a gate that is multiplied in 8 bits next is quantized as
+it is computed.
 
-`make test` on a machine with a GPU tests all of this there; `python -m pytest -m gpu` only what needs one, and
-`compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py` looks for accesses out of bounds.
+`make test` on a machine with a GPU tests all of this there, `python -m pytest -m gpu` only what needs one, and
+`compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py` finds accesses out of bounds.
 
 ## The packed layout
 

@@ -95,8 +95,8 @@ def _dense(times: dict[Any, float]) -> str:
     written = 2 * sum(outputs * inputs for outputs, inputs in QWEN2_7B.shapes.values())
     return (
         f"Making the four 16-bit weights by itself takes {duration(alone)} µs, {written / 1e6:,.0f} MB written at "
-        f"{written / alone / 1e3:,.0f} GB/s. In a prompt of {PROMPT_ROWS:,} rows W3A16 takes {duration(own - dense)} µs "
-        f"longer than 16 bits.\n"
+        f"{written / alone / 1e3:,.0f} GB/s. In a prompt of {PROMPT_ROWS:,} rows W3A16 takes "
+        f"{duration(own - dense)} µs longer than 16 bits.\n"
     )
 
 
