@@ -96,11 +96,11 @@ class LinearSlice(nn.Module):
         return f"outputs {start} to {end}"
 
 
-def use_kernel(model: nn.Module, kernel: str) -> None:
+def use_kernel(model: nn.Module, kernel: str) -> bool:
     """Let every ``QuantLinear`` of ``model`` use ``kernel`` ("auto" or a name), fused where that saves calls; once.
 
-    Layers that the plain torch kernel runs stay as they are: nothing is saved there, and the model can be saved. Norms
-    and gates run as one kernel each where Triton does.
+    Layers that the plain torch kernel runs stay as they are: nothing is saved there, and the model can be saved.
+    Returns whether there are others; then norms and gates run as one kernel each, where Triton runs.
 
     Raises MBQError where the named kernel does not support a layer.
     """
@@ -108,8 +108,10 @@ def use_kernel(model: nn.Module, kernel: str) -> None:
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
             layer.use(kernel)
-    if kernel != "reference":
+    fast = any(isinstance(layer, QuantLinear) and layer.kernel != "reference" for layer in model.modules())
+    if fast:
         one_kernel_each(model)
+    return fast
 
 
 def fuse(model: nn.Module, kernel: str) -> None:

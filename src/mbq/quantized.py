@@ -60,8 +60,7 @@ def load(
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
             _check_shape(name, layer, folder)
-    use_kernel(model, kernel)
-    if kernel != "reference":
+    if use_kernel(model, kernel):
         use_attention(model)
     return model.eval()
 
