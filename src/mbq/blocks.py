@@ -19,17 +19,23 @@ from mbq.architecture import Binding, LinearGroup
 from mbq.calibration import CalibrationBatch
 
 _CACHES = ("past_key_value", "past_key_values")
+_TUPLES: dict[type, bool] = {}  # classes of blocks: whether they return a tuple
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call of a module, without the hidden states where the module is a block."""
+    """The arguments of one call of a module, without the hidden states where the module is a block.
+
+    added  what the model adds to a block's hidden states before the call (the visual features of early blocks)
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Call:
-        return Call(_moved(self.args, device, {}), _moved(self.kwargs, device, {}))
+        memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        return Call(*(_moved(each, device, memo) for each in (self.args, self.kwargs, self.added)))
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ def capture(
 ) -> tuple[list[torch.Tensor], list[list[Call]]]:
     """The first block's hidden states [batch, token, channel] a batch, and ``calls[block][batch]`` of every block.
 
-    The model runs as far as its last block; caches are off.
+    The model runs without its blocks, which are let through as zeros: what a later block gets is what the model added.
+    Caches are off.
     """
     hidden: list[torch.Tensor] = []
     calls: list[list[Call]] = [[] for _ in binding.blocks]
@@ -60,13 +67,16 @@ def capture(
 
     def before(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states, call = _split(args, kwargs)
+        added = None
         if index == 0:
             hidden.append(states.to(storage or states.device))
-        calls[index].append(Call(_moved(call.args, storage, memo), _moved(call.kwargs, storage, memo)))
+        elif bool(states.any()):
+            added = states
+        calls[index].append(Call(*(_moved(each, storage, memo) for each in (call.args, call.kwargs, added))))
         if index == len(calls) - 1:
             raise _LastBlock
 
-    with hooked() as hooks, evaluating(binding.model):
+    with hooked() as hooks, evaluating(binding.model), passing(binding, torch.zeros_like):
         for index, block in enumerate(binding.blocks):
             hook = _before(before, index)
             hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
@@ -79,6 +89,39 @@ def capture(
     return hidden, calls
 
 
+@contextmanager
+def passing(binding: Binding, states: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Inside, a block computes nothing: it returns ``states`` of its hidden states."""
+    blocks = list(binding.blocks)
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        if type(blocks[0]) not in _TUPLES:  # what a class returns is seen once, in its first block
+            with placed(binding, 0) as block, torch.no_grad():
+                _TUPLES[type(block)] = isinstance(type(block).forward(block, *args, **kwargs), tuple)
+        given = states(_split(args, kwargs)[0])
+        return (given,) if _TUPLES[type(blocks[0])] else given
+
+    try:
+        for block in blocks:
+            block.forward = instead
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@contextmanager
+def placed(binding: Binding, index: int) -> Iterator[nn.Module]:
+    """A block, on the model's device for as long as this lasts; its weights go back to where they were."""
+    block, device = binding.blocks[index], device_of(binding.model)
+    home = device_of(block)
+    block.to(device)
+    try:
+        yield block
+    finally:
+        block.to(home)
+
+
 def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
     """The model's output for a batch, on the model's device and without a cache."""
     return model(**_moved(batch.inputs, device_of(model), {}), use_cache=False)
@@ -87,8 +130,10 @@ def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
 def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """The block's output [batch, token, channel], on the block's device."""
     device = device_of(block)
-    call = call.to(device)
-    return _first(block(hidden.to(device), *call.args, **call.kwargs))
+    call, hidden = call.to(device), hidden.to(device)
+    if call.added is not None:
+        hidden = hidden + call.added
+    return _first(block(hidden, *call.args, **call.kwargs))
 
 
 @torch.no_grad()

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding, bind
+from mbq.blocks import device_of, placed
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.folder import check_new
 from mbq.errors import MBQError
-from mbq.loading import check_finite, load_model, load_processor
+from mbq.loading import check_finite, load_model, load_processor, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, write_folder
+from mbq.placement import Placement, place
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
 from mbq.recipe import Recipe
@@ -94,17 +96,18 @@ def quantize(
         own, processor, name = _float_model(model, processor, recipe)
         binding = bind(own)
         targets = _targets(binding, recipe)
+        placement = _place(binding, model, recipe)
     before = _bytes(own)
     with _timed(seconds, "calibrate"):
         batches = _batches(rows, processor, binding, recipe, progress)
     sensitivity = None
     if chosen.weighs:
         with _timed(seconds, "sensitivity"):
-            sensitivity = _measured(binding, batches, recipe, progress)
+            sensitivity = _measured(binding, batches, recipe, placement, progress)
     with _timed(seconds, "search"):
-        search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, progress)
+        search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress)
     with _timed(seconds, "quantize"):
-        _pack_linears(own, targets, chosen, progress)
+        _pack_linears(binding, targets, chosen, progress)
     after, folder = _bytes(own), None
     if output is not None:
         with _timed(seconds, "write"):
@@ -131,7 +134,8 @@ def measure_sensitivity(
     rows = _rows(recipe, rows)
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
     binding = bind(own)
-    return _measured(binding, _batches(rows, processor, binding, recipe, progress), recipe, progress)
+    placement = _place(binding, model, recipe)
+    return _measured(binding, _batches(rows, processor, binding, recipe, progress), recipe, placement, progress)
 
 
 def _method(name: str) -> Method:
@@ -164,7 +168,7 @@ def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False)
     if not isinstance(model, nn.Module):
         trust = recipe.trust_remote_code
         processor = processor or load_processor(model, trust)
-        return load_model(model, recipe.device, recipe.dtype, trust), processor, str(model)
+        return load_model(model, "cpu", recipe.dtype, trust), processor, str(model)
     if processor is None:
         raise MBQError("A loaded model comes with its processor; give quantize(model, processor, ...).")
     name = getattr(model, "name_or_path", "") or type(model).__name__
@@ -172,6 +176,15 @@ def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False)
         raise MBQError(f"{name} is quantized already; give the float model that it was made from.")
     check_finite(model)
     return model if keep else copy.deepcopy(model), processor, name
+
+
+def _place(binding: Binding, model: Any, recipe: Recipe) -> Placement:
+    """A model that was given loaded stays where it is."""
+    if isinstance(model, nn.Module):
+        return Placement(device_of(binding.model))
+    placement = place(binding, torch_device(recipe.device), recipe.offload)
+    log.info("%s", placement)
+    return placement
 
 
 def _targets(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
@@ -219,11 +232,13 @@ def _batches(
     )
 
 
-def _measured(binding: Binding, batches: list[CalibrationBatch], recipe: Recipe, progress: Progress) -> Sensitivity:
+def _measured(
+    binding: Binding, batches: list[CalibrationBatch], recipe: Recipe, placement: Placement, progress: Progress
+) -> Sensitivity:
     def done(count: int) -> None:
-        progress("sensitivity", count, len(batches), "")
+        progress("sensitivity", count, len(binding.blocks), "")
 
-    return measure(binding, batches, parity=recipe.parity, progress=done)
+    return measure(binding, batches, parity=recipe.parity, storage=placement.storage, progress=done)
 
 
 def _equalize(
@@ -233,6 +248,7 @@ def _equalize(
     targets: Collection[str],
     sensitivity: Sensitivity | None,
     recipe: Recipe,
+    placement: Placement,
     progress: Progress,
 ) -> list[GroupSearch]:
     """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
@@ -248,7 +264,15 @@ def _equalize(
     )
     scheme = recipe.numbers
     search = equalize_model(
-        binding, batches, method, scheme, options, sensitivity=sensitivity, targets=targets, progress=progress
+        binding,
+        batches,
+        method,
+        scheme,
+        options,
+        sensitivity=sensitivity,
+        targets=targets,
+        storage=placement.storage,
+        progress=progress,
     )
     if recipe.vision_tower is not None:
         smooth_vision_tower(binding, batches, recipe.ignore, recipe.smooth_alpha)
@@ -256,13 +280,27 @@ def _equalize(
 
 
 @torch.no_grad()
-def _pack_linears(model: nn.Module, targets: Mapping[str, Scheme], method: Method, progress: Progress) -> None:
+def _pack_linears(binding: Binding, targets: Mapping[str, Scheme], method: Method, progress: Progress) -> None:
     """Replace each linear of ``targets`` by its packed layer; the float weight is freed at once."""
-    for done, (name, scheme) in enumerate(targets.items(), start=1):
-        linear = _linear(model, name)
-        layer = QuantLinear.from_qtensor(method.round(linear.weight, scheme.weights), scheme, linear.bias)
-        model.set_submodule(name, layer)
-        progress("quantize", done, len(targets), name)
+    model, done = binding.model, 0
+
+    def pack(names: Collection[str]) -> None:
+        nonlocal done
+        for name in names:
+            linear, scheme = _linear(model, name), targets[name]
+            model.set_submodule(
+                name, QuantLinear.from_qtensor(method.round(linear.weight, scheme.weights), scheme, linear.bias)
+            )
+            done += 1
+            progress("quantize", done, len(targets), name)
+
+    inside: set[str] = set()
+    for index in range(len(binding.blocks)):
+        names = [name for name in targets if name.startswith(binding.name(index, ""))]
+        inside.update(names)
+        with placed(binding, index):
+            pack(names)
+    pack([name for name in targets if name not in inside])
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

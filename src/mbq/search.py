@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding, LinearGroup
-from mbq.blocks import Call, GroupTrace, capture, run_with, trace
+from mbq.blocks import Call, GroupTrace, capture, placed, run_with, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
 from mbq.group import Group, Weighing
@@ -82,15 +82,16 @@ def equalize_model(
     hidden, calls = capture(binding, batches, storage)
     seen = hidden
     rows: list[GroupSearch] = []
-    for index, block in enumerate(binding.blocks):
-        floats, hidden = trace(block, groups, hidden, calls[index], storage)
-        reads = floats
-        if options.distorted_input:
-            reads, _ = trace(block, groups, seen, calls[index], storage)
-        searched = search.block(index, floats, reads)
-        if options.distorted_input:
-            pairs = zip(seen, calls[index], strict=True)
-            seen = [search.quantized(index, states, call).to(states.device) for states, call in pairs]
+    for index in range(len(binding.blocks)):
+        with placed(binding, index) as block:
+            floats, hidden = trace(block, groups, hidden, calls[index], storage)
+            reads = floats
+            if options.distorted_input:
+                reads, _ = trace(block, groups, seen, calls[index], storage)
+            searched = search.block(index, floats, reads)
+            if options.distorted_input:
+                pairs = zip(seen, calls[index], strict=True)
+                seen = [search.quantized(index, states, call).to(states.device) for states, call in pairs]
         rows += searched
         progress("search", index + 1, len(binding.blocks), _note(index, searched))
     return rows
@@ -174,6 +175,8 @@ class _Search:
         read = None
         if self.scheme.activations is not None:
             read = partial(fake_quantize_activations, scheme=self.scheme.activations)
+        if call.added is not None:
+            hidden = hidden + call.added.to(hidden.device)
         return run_with(self.binding.blocks[index], Call((hidden, *call.args), call.kwargs), rounded, read)
 
     def _quantized_weights(self, index: int, inside: str, paths: Sequence[str]) -> dict[str, torch.Tensor]:

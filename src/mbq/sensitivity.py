@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding
-from mbq.blocks import evaluating, forward, hooked
+from mbq.blocks import Call, capture, device_of, evaluating, forward, hooked, passing, placed, run
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.errors import MBQError
 
@@ -42,12 +43,14 @@ def measure(
     batches: Sequence[CalibrationBatch],
     *,
     parity: bool = False,
+    storage: torch.device | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivity:
     """Run the float model forward and backward on every batch. The model is left as it was.
 
     A sample's loss is the mean cross entropy of its answer tokens, so the batch size changes nothing. ``progress`` is
-    called with the number of batches done. ``parity`` takes the released language mask.
+    called with the number of blocks that the gradient has passed. ``parity`` takes the released language mask. The
+    blocks' inputs are kept on ``storage``, by default where they are made.
 
     Raises MBQError where no sample has an image, a sample has no answer, or a loss or gradient is not finite.
     """
@@ -56,17 +59,15 @@ def measure(
             "No calibration sample has an image, so vision cannot be weighed; add images, or quantize by --method awq."
         )
     mask = released_language_mask if parity else language_mask
+    gradients = token_gradients(binding, batches, storage, progress)
     vision = torch.zeros(len(binding.blocks), len(PARTS), dtype=torch.float64)
     language = torch.zeros_like(vision)
     pictured = samples = 0
-    for done, batch in enumerate(batches, start=1):
-        gradient = token_gradients(binding, batch).double().cpu()
+    for batch, gradient in zip(batches, gradients, strict=True):
         seen = batch.vision.any(dim=1).cpu()
-        vision += _masked_means(gradient, batch.vision.cpu())[..., seen].sum(-1)
-        language += _masked_means(gradient, mask(batch).cpu()).sum(-1)
+        vision += _masked_means(gradient.double(), batch.vision.cpu())[..., seen].sum(-1)
+        language += _masked_means(gradient.double(), mask(batch).cpu()).sum(-1)
         pictured, samples = pictured + int(seen.sum()), samples + len(seen)
-        if progress is not None:
-            progress(done)
     return Sensitivity(_by_part(vision / pictured), _by_part(language / samples), parity)
 
 
@@ -89,45 +90,96 @@ def ratios(sensitivity: Sensitivity, floor: float | None = None) -> dict[str, tu
     return found
 
 
-def token_gradients(binding: Binding, batch: CalibrationBatch) -> torch.Tensor:
-    """Mean over channels of |dL/dY|, [block, part, batch, token] in float32, parts in the order of ``PARTS``.
+def token_gradients(
+    binding: Binding,
+    batches: Sequence[CalibrationBatch],
+    storage: torch.device | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[torch.Tensor]:
+    """Mean over channels of |dL/dY|, [block, part, batch, token] in float32 a batch, parts in the order of ``PARTS``.
 
-    Parameters get no gradients; only activations from the first block on are kept for the backward pass.
+    One block works at a time: forward, its inputs are kept; backward, it runs again from them, and the gradient is
+    passed back. Parameters get no gradients.
     """
-    model, architecture = binding.model, binding.architecture
-    found: dict[tuple[int, int], torch.Tensor] = {}
-    leaves: list[torch.Tensor] = []
+    shape = (len(binding.blocks), len(PARTS))
+    found = [torch.zeros(*shape, *batch.labels.shape) for batch in batches]
+    with _frozen(binding.model), evaluating(binding.model):
+        hidden, calls = capture(binding, batches, storage)
+        inputs = [hidden]
+        for index in range(len(binding.blocks)):
+            with placed(binding, index) as block, torch.no_grad():
+                hidden = [
+                    _kept(run(block, states, call), storage) for states, call in zip(hidden, calls[index], strict=True)
+                ]
+            inputs.append(hidden)
+        scale = _HALF_PRECISION_SCALE if hidden[0].dtype == torch.float16 else 1.0
+        passed = _head_gradients(binding, batches, inputs.pop(), scale, storage)
+        for index in reversed(range(len(binding.blocks))):
+            with placed(binding, index) as block:
+                for number, (states, call) in enumerate(zip(inputs.pop(), calls[index], strict=True)):
+                    before, parts = _block_gradients(binding, block, states, call, passed[number])
+                    found[number][index] = torch.stack([part.float().abs().mean(-1).cpu() for part in parts]) / scale
+                    passed[number] = _kept(before, storage)
+            if progress is not None:
+                progress(len(binding.blocks) - index)
+    return [_finite(each) for each in found]
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        leaves.append(hidden.detach().requires_grad_(True))
-        return (leaves[0], *args[1:]), {name: value for name, value in kwargs.items() if name != "hidden_states"}
 
-    def watch(key: tuple[int, int]) -> Callable[..., None]:
-        def keep(gradient: torch.Tensor) -> None:
-            found[key] = gradient.float().abs().mean(-1)
+def _head_gradients(
+    binding: Binding,
+    batches: Sequence[CalibrationBatch],
+    states: Sequence[torch.Tensor],
+    scale: float,
+    storage: torch.device | None,
+) -> list[torch.Tensor]:
+    """dL/d(output of the last block), times ``scale``: the model runs with nothing in its blocks but their outputs."""
+    device, gradients = device_of(binding.model), []
+    for batch, hidden in zip(batches, states, strict=True):
+        leaf = hidden.detach().to(device).requires_grad_(True)
+        with torch.enable_grad(), passing(binding, _always(leaf)):
+            loss = answer_loss(forward(binding.model, batch).logits, batch.labels) * scale
+            gradients.append(_kept(torch.autograd.grad(loss, leaf)[0], storage))
+    return gradients
 
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            output.register_hook(keep)
 
-        return hook
+def _block_gradients(
+    binding: Binding, block: nn.Module, hidden: torch.Tensor, call: Call, passed: torch.Tensor
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The gradient of the block's input, and of the outputs of its parts, from that of its output."""
+    outputs: list[torch.Tensor] = []
 
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with hooked() as hooks, evaluating(model), torch.enable_grad():
-        hooks.append(binding.blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
-        for index, block in enumerate(binding.blocks):
-            for part, name in enumerate((architecture.attn_output, architecture.mlp_output)):
-                hooks.append(block.get_submodule(name).register_forward_hook(watch((index, part))))
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            logits = forward(model, batch).logits
-            scale = _HALF_PRECISION_SCALE if logits.dtype == torch.float16 else 1.0
-            torch.autograd.grad(answer_loss(logits, batch.labels) * scale, leaves)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-    return _finite(_stacked(found, len(binding.blocks)) / scale)
+    def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        outputs.append(output)
+
+    device = device_of(block)
+    leaf = hidden.detach().to(device).requires_grad_(True)
+    with hooked() as hooks, torch.enable_grad():
+        for name in (binding.architecture.attn_output, binding.architecture.mlp_output):
+            hooks.append(block.get_submodule(name).register_forward_hook(keep))
+        out = run(block, leaf, call)
+        before, *parts = torch.autograd.grad(out, [leaf, *outputs], passed.to(device))
+    return before, parts
+
+
+def _always(states: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda given: states
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient; afterwards those that did do again."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _kept(states: torch.Tensor, storage: torch.device | None) -> torch.Tensor:
+    return states if storage is None else states.to(storage)
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -150,12 +202,6 @@ def _masked_means(gradient: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[block, part, batch]: the mean over a sample's masked tokens; 0 for a sample without any."""
     mask = mask.to(gradient.dtype)
     return (gradient * mask).sum(-1) / mask.sum(-1).clamp(min=1)
-
-
-def _stacked(found: dict[tuple[int, int], torch.Tensor], blocks: int) -> torch.Tensor:
-    parts = range(len(PARTS))
-    # Blocks may lie on several devices.
-    return torch.stack([torch.stack([found[block, part].cpu() for part in parts]) for block in range(blocks)])
 
 
 def _finite(gradient: torch.Tensor) -> torch.Tensor:
