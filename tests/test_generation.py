@@ -61,7 +61,7 @@ class RecordedGraph(TorchDispatchMode):
 
 
 @contextmanager
-def recording(graph: RecordedGraph) -> Iterator[None]:
+def recording(graph: RecordedGraph, stream: None) -> Iterator[None]:
     with graph:
         yield
     graph.undo()
@@ -77,6 +77,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[RecordedGraph]:
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", new)
     monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     return made
 
 
@@ -149,7 +150,7 @@ def test_a_step_that_cannot_be_recorded_runs_plainly(
     model_of: Any, graphs: list[RecordedGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @contextmanager
-    def failing(graph: Any) -> Iterator[None]:
+    def failing(graph: Any, stream: None) -> Iterator[None]:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
         yield
 
