@@ -46,6 +46,7 @@ Formatting = Annotated[str, typer.Option(help="plain, few-shot or interleaved.")
 Text = Annotated[str | None, typer.Option(help="Plain text for --formatting interleaved.", metavar="FILE")]
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
+Offload = Annotated[str, typer.Option(help="blocks keeps all blocks but one in CPU memory; none; auto.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files in the model's folder.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log steps; twice: tracebacks too.")]
 
@@ -151,6 +152,7 @@ def quantize_command(
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = DEFAULT.max_shard_size,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    offload: Offload = DEFAULT.offload,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -206,6 +208,7 @@ def sensitivity_command(
     text: Text = None,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    offload: Offload = DEFAULT.offload,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:

@@ -108,6 +108,8 @@ def quantize(
         search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress)
     with _timed(seconds, "quantize"):
         _pack_linears(binding, targets, chosen, progress)
+        if placement.blocks:
+            own.to("cpu")  # as a whole again
     after, folder = _bytes(own), None
     if output is not None:
         with _timed(seconds, "write"):

@@ -52,8 +52,8 @@ class Recipe:
     vision_tower             scheme of the vision tower, or None to keep it in 16 bits
     max_shard_size           of a safetensors file: a number and KB, MB, GB or TB
     device, dtype            of the float model; "auto" is the GPU if there is one, and the folder's dtype
-    offload                  "blocks" keeps all decoder blocks but one in the CPU's memory, "none" the whole model on the
-                             device; "auto" decides by what is free there
+    offload                  "blocks" keeps all decoder blocks but one in the CPU's memory, "none" puts the whole model
+                             on the device; "auto" decides by what is free there
     trust_remote_code        run the Python files of the model's folder
 
     Raises MBQError for a value that no option has.

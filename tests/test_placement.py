@@ -1,0 +1,126 @@
+"""One block at a time: the same gradients and choices as with the whole model, and what the model adds in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import mbq
+from mbq.architecture import Binding
+from mbq.blocks import Call, capture, forward, hooked, placed, run
+from mbq.calibration import CalibrationBatch
+from mbq.placement import place
+from mbq.sensitivity import PARTS, answer_loss, token_gradients
+from tests.calibrated import calibrated
+from tests.tiny import FAMILY_NAMES
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def whole_model_gradients(binding: Binding, batch: CalibrationBatch) -> torch.Tensor:
+    """[block, part, batch, token] by one backward pass through the whole model."""
+    found: dict[tuple[int, int], torch.Tensor] = {}
+
+    def watch(key: tuple[int, int]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            output.requires_grad_(True) if not output.requires_grad else None
+            output.register_hook(lambda gradient: found.update({key: gradient.float().abs().mean(-1)}))
+
+        return hook
+
+    with hooked() as hooks, torch.enable_grad():
+        for index, block in enumerate(binding.blocks):
+            for part, name in enumerate((binding.architecture.attn_output, binding.architecture.mlp_output)):
+                hooks.append(block.get_submodule(name).register_forward_hook(watch((index, part))))
+        answer_loss(forward(binding.model, batch).logits, batch.labels).backward()
+    binding.model.zero_grad()
+    return torch.stack([torch.stack([found[i, p] for p in range(len(PARTS))]) for i in range(len(binding.blocks))])
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_gradients_are_those_of_the_whole_model(family: str) -> None:
+    binding, batches = calibrated(family)
+    found = token_gradients(binding, batches)
+    for batch, gradient in zip(batches, found, strict=True):
+        torch.testing.assert_close(gradient, whole_model_gradients(binding, batch), rtol=1e-5, atol=1e-12)
+
+
+class Adding(nn.Module):
+    """Two blocks, to the first of whose outputs the model adds something at some tokens, in place, as Qwen3-VL does."""
+
+    def __init__(self, model: Any, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.model, self.first = model, blocks[0]
+        torch.manual_seed(0)
+        self.features = torch.randn(3, model.config.get_text_config().hidden_size)
+
+    def __enter__(self) -> None:
+        def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output.clone()
+            output[:, 1:4] = output[:, 1:4] + self.features
+            return output
+
+        # After the block's own hooks: what the model does between blocks is no part of a block.
+        self.handle = self.first.register_forward_hook(add)
+
+    def __exit__(self, *error: Any) -> None:
+        self.handle.remove()
+
+
+def test_what_the_model_adds_between_blocks_is_kept() -> None:
+    """A hook on a block stands for the model's own code: it runs where the block is let through, too."""
+    binding, batches = calibrated("qwen2_vl")
+    seen: list[torch.Tensor] = []
+    adding = Adding(binding.model, binding.blocks)
+    with adding:
+        handle = binding.blocks[1].register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()),
+            with_kwargs=True,
+        )
+        with torch.no_grad():
+            for batch in batches:
+                forward(binding.model, batch)
+        handle.remove()
+        hidden, calls = capture(binding, batches)
+    assert all(call.added is None for call in calls[0])
+    assert all(call.added is not None and bool(call.added[:, 1:4].any()) for call in calls[1])
+    with torch.no_grad():
+        for states, first, second, wanted in zip(hidden, calls[0], calls[1], seen, strict=True):
+            after = run(binding.blocks[0], states, first)
+            assert torch.equal(after + second.added, wanted)
+
+
+def test_a_call_moves_what_is_added_too() -> None:
+    call = Call((torch.zeros(2),), {"mask": None}, torch.ones(2)).to(torch.device("meta"))
+    assert call.args[0].device.type == call.added.device.type == "meta"
+
+
+def test_a_block_that_is_at_home_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding, _ = calibrated("internvl")
+    pointers = [each.data_ptr() for each in binding.blocks[1].parameters()]
+    with placed(binding, 1) as block:
+        assert block is binding.blocks[1]
+    assert [each.data_ptr() for each in binding.blocks[1].parameters()] == pointers
+    assert str(place(binding, torch.device("cpu"), "blocks")) == "the whole model on cpu"
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_one_block_on_the_gpu_chooses_as_the_whole_model_does(
+    family: str, float_folder: Callable[[str], Path], calibration: Path
+) -> None:
+    options: dict[str, Any] = {"data": calibration, "images": calibration.parent / "images", "method": "mbq"}
+    options |= {"num_calibration_samples": 4, "device": "cuda"}
+    whole = mbq.quantize(float_folder(family), offload="none", **options)
+    apart = mbq.quantize(float_folder(family), offload="blocks", **options)
+    assert [row.alpha for row in apart.search] == [row.alpha for row in whole.search]
+    assert apart.sensitivity == whole.sensitivity
+    assert {each.device.type for each in apart.model.parameters()} == {"cpu"}
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor.cpu(), apart.model.state_dict()[name])
