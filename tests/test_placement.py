@@ -109,6 +109,16 @@ def test_a_block_that_is_at_home_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(place(binding, torch.device("cpu"), "blocks")) == "the whole model on cpu"
 
 
+def test_a_forward_of_the_instances_own_comes_back() -> None:
+    """accelerate's hooks are such."""
+    binding, batches = calibrated("internvl")
+    block = binding.blocks[1]
+    block.forward = own = lambda *args, **kwargs: type(block).forward(block, *args, **kwargs)
+    capture(binding, batches)
+    assert vars(block)["forward"] is own
+    assert "forward" not in vars(binding.blocks[0])
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -101,25 +101,30 @@ def passing(binding: Binding, states: Callable[[torch.Tensor], torch.Tensor]) ->
         given = states(_split(args, kwargs)[0])
         return (given,) if _TUPLES[type(blocks[0])] else given
 
+    own = [vars(block).get("forward") for block in blocks]  # an instance may have one: accelerate's hooks are such
     try:
         for block in blocks:
             block.forward = instead
         yield
     finally:
-        for block in blocks:
+        for block, before in zip(blocks, own, strict=True):
             del block.forward
+            if before is not None:
+                block.forward = before
 
 
 @contextmanager
 def placed(binding: Binding, index: int) -> Iterator[nn.Module]:
-    """A block, on the model's device for as long as this lasts; its weights go back to where they were."""
+    """A block, on the model's device for as long as this lasts, if it waits on the CPU; then its weights go back."""
     block, device = binding.blocks[index], device_of(binding.model)
-    home = device_of(block)
-    block.to(device)
+    waiting = device_of(block).type == "cpu" and device.type != "cpu"
+    if waiting:
+        block.to(device)
     try:
         yield block
     finally:
-        block.to(home)
+        if waiting:
+            block.to("cpu")
 
 
 def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
