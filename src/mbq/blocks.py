@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mbq.architecture import Binding, LinearGroup
 from mbq.calibration import CalibrationBatch
+from mbq.errors import MBQError
 
 _CACHES = ("past_key_value", "past_key_values")
 _TUPLES: dict[type, bool] = {}  # classes of blocks: whether they return a tuple
@@ -139,6 +140,17 @@ def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     if call.added is not None:
         hidden = hidden + call.added
     return _first(block(hidden, *call.args, **call.kwargs))
+
+
+def check_outputs(binding: Binding, index: int, outputs: Sequence[torch.Tensor]) -> None:
+    """Raise MBQError, with the block's name, where its ``outputs`` hold a NaN or an infinity."""
+    if bool(torch.stack([torch.isfinite(each).all() for each in outputs]).all()):
+        return
+    dtype = str(outputs[0].dtype).removeprefix("torch.")
+    raise MBQError(
+        f"The output of {binding.name(index, '').rstrip('.')} is not finite in {dtype}; "
+        f"{'give --dtype bfloat16 or float32' if dtype == 'float16' else 'check the checkpoint'}."
+    )
 
 
 @torch.no_grad()

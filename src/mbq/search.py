@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding, LinearGroup
-from mbq.blocks import Call, GroupTrace, capture, placed, run_with, trace
+from mbq.blocks import Call, GroupTrace, capture, check_outputs, placed, run_with, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
 from mbq.group import Group, Weighing
@@ -85,6 +85,7 @@ def equalize_model(
     for index in range(len(binding.blocks)):
         with placed(binding, index) as block:
             floats, hidden = trace(block, groups, hidden, calls[index], storage)
+            check_outputs(binding, index, hidden)
             reads = floats
             if options.distorted_input:
                 reads, _ = trace(block, groups, seen, calls[index], storage)

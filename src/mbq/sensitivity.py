@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding
-from mbq.blocks import Call, capture, device_of, evaluating, forward, hooked, passing, placed, run
+from mbq.blocks import Call, capture, check_outputs, device_of, evaluating, forward, hooked, passing, placed, run
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.errors import MBQError
 
@@ -111,6 +111,7 @@ def token_gradients(
                 hidden = [
                     _kept(run(block, states, call), storage) for states, call in zip(hidden, calls[index], strict=True)
                 ]
+            check_outputs(binding, index, hidden)
             inputs.append(hidden)
         scale = _HALF_PRECISION_SCALE if hidden[0].dtype == torch.float16 else 1.0
         passed = _head_gradients(binding, batches, inputs.pop(), scale, storage)
