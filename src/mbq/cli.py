@@ -168,6 +168,30 @@ def quantize_command(
 
 
 @command
+def inspect_command(
+    model: ModelArgument,
+    scheme: Annotated[str, typer.Option(help="A scheme, as for mbq quantize.")] = DEFAULT.scheme,
+    group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale (128).")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="A linear to keep in 16 bits; repeatable.")] = None,
+    vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
+    num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    dtype: Dtype = DEFAULT.dtype,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show what would be quantized, sizes before and after, and the memory it takes; reads only the configuration."""
+    options = {name: value for name, value in locals().items() if name not in ("model", "verbose")}
+    options["ignore"] = ignore or ()
+    Recipe.of(**options)
+    from mbq.inspection import inspect, inspection_lines, inspection_table
+
+    found = inspect(model, **options)
+    Console().print(inspection_table(found))
+    typer.echo(inspection_lines(found))
+
+
+@command
 def generate_command(
     folder: FolderArgument,
     prompt: Annotated[str, typer.Option(help="What to ask.")],

@@ -50,17 +50,17 @@ def load_model(
     if "quantization_config" in config:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise MBQError(f"{path} is quantized already ({method}); give the float model that it was made from.")
-    auto_class = _auto_class(path, config, trust_remote_code)
+    loads = auto_class(path, config, trust_remote_code)
     target = torch_device(device)
     if Path(path).is_dir():
         _check_weight_files(Path(path))
     options = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code, "use_safetensors": True}
     try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+        model, info = loads.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise MBQError(f"{path} cannot be loaded: {_first_line(error)}; check that it is complete.") from error
     except (AttributeError, TypeError, KeyError) as error:
-        if auto_class is AutoModelForImageTextToText:
+        if loads is AutoModelForImageTextToText:
             raise
         raise MBQError(
             f"The code in {path} does not run with transformers {transformers.__version__} "
@@ -146,7 +146,7 @@ def torch_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     return DTYPES[dtype]
 
 
-def _auto_class(path: str | Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
+def auto_class(path: str | Path, config: Mapping[str, Any], trust_remote_code: bool) -> Any:
     """Which of transformers' Auto classes loads the model, once it is clear that it takes images and may be run."""
     model_type = config.get("model_type")
     if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:

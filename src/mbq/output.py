@@ -15,7 +15,7 @@ from mbq.checkpoint.compressed_tensors import loading_note, quantization_config,
 from mbq.checkpoint.folder import new_folder
 from mbq.model_card import model_card
 from mbq.recipe import Recipe, recipe_yaml
-from mbq.scheme import SCHEMES
+from mbq.scheme import SCHEMES, Scheme
 from mbq.search import GroupSearch
 from mbq.sensitivity import Sensitivity
 from mbq.vision_tower import tower_ignore, tower_pattern
@@ -44,10 +44,7 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
     """
     model: Any = binding.model
     base_model = Path(name).name if Path(name).is_dir() else name
-    ignore, others = binding.ignore(recipe.ignore), {}
-    if recipe.vision_tower is not None:
-        ignore = tower_ignore(binding, recipe.ignore)
-        others = {tower_pattern(binding): SCHEMES[recipe.vision_tower]}
+    ignore, others = ignored(binding, recipe)
     with new_folder(output, needs=found.bytes_after) as folder:
         save_model(model, folder, quantization_config(recipe.numbers, ignore, others), recipe.max_shard_size)
         processor.save_pretrained(folder)
@@ -70,6 +67,13 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output
+
+
+def ignored(binding: Binding, recipe: Recipe) -> tuple[list[str], dict[str, Scheme]]:
+    """What ``quantization_config`` says beside the scheme: what stays in 16 bits, and what has a scheme of its own."""
+    if recipe.vision_tower is None:
+        return binding.ignore(recipe.ignore), {}
+    return tower_ignore(binding, recipe.ignore), {tower_pattern(binding): SCHEMES[recipe.vision_tower]}
 
 
 def _copy_code(name: str, folder: Path) -> None:

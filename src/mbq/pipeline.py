@@ -95,7 +95,7 @@ def quantize(
         rows = _rows(recipe, rows)  # before the model, which takes longer
         own, processor, name = _float_model(model, processor, recipe)
         binding = bind(own)
-        targets = _targets(binding, recipe)
+        targets = target_schemes(binding, recipe)
         placement = _place(binding, model, recipe)
     before = _bytes(own)
     with _timed(seconds, "calibrate"):
@@ -189,7 +189,7 @@ def _place(binding: Binding, model: Any, recipe: Recipe) -> Placement:
     return placement
 
 
-def _targets(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
+def target_schemes(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
     """The linears to quantize and their schemes: those of the blocks, and of the vision tower's where asked for.
 
     Raises MBQError for a linear whose width is no multiple of the group size.
