@@ -62,7 +62,7 @@ def test_every_option_reaches_the_recipe(
 ) -> None:
     given: dict[str, object] = {}
 
-    def quantize(model: str, *, output: Path, progress: object, **options: object) -> str:
+    def quantize(model: str, *, output: Path, resume: bool, progress: object, **options: object) -> str:
         given.update(vars(Recipe.of(**options)))
         return ""
 
@@ -91,6 +91,7 @@ def test_every_option_reaches_the_recipe(
         max_shard_size="1GB",
         device="cpu",
         dtype="float32",
+        offload="blocks",
         trust_remote_code=True,
     )
     flags: list[str] = []

@@ -67,8 +67,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         _set_up_logging(verbose)
         try:
             function(*args, **kwargs)
-        except KeyboardInterrupt:
-            _fail("Interrupted; nothing was written.", 130)
+        except KeyboardInterrupt as interrupt:
+            _fail(str(interrupt) or "Interrupted; nothing was written.", 130)
         except Exception as error:
             sentence = _sentence(error)
             if sentence is None or verbose > 1:
@@ -153,17 +153,18 @@ def quantize_command(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     offload: Offload = DEFAULT.offload,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")] = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Quantize a vision-language model and write it as a folder that mbq and transformers load."""
-    options = {name: value for name, value in locals().items() if name not in ("model", "output", "verbose")}
+    options = {name: value for name, value in locals().items() if name not in ("model", "output", "resume", "verbose")}
     options["ignore"] = ignore or ()
     Recipe.of(**options)  # a wrong option is told before torch is imported
     from mbq.pipeline import quantize
 
     with shown(_errors()) as progress:
-        result = quantize(model, output=output, progress=progress, **options)
+        result = quantize(model, output=output, resume=resume, progress=progress, **options)
     typer.echo(str(result))
 
 

@@ -112,6 +112,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def model_folder(path: str | Path) -> Path:
+    """Where the files of a folder, or of a model on the Hub, lie. Raises MBQError as ``read_config`` does."""
+    return Path(path) if Path(path).is_dir() else _from_hub(str(path)).parent
+
+
 def check_finite(model: nn.Module) -> None:
     """Raises MBQError that names the first parameter or buffer that holds a NaN or an infinity."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

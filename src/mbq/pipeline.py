@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,17 +18,18 @@ from mbq.architecture import Binding, bind
 from mbq.blocks import device_of, placed
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.folder import check_new
+from mbq.checkpoint.state import RunState, files_hash, run_state
 from mbq.errors import MBQError
-from mbq.loading import check_finite, load_model, load_processor, torch_device
+from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, write_folder
 from mbq.placement import Placement, place
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
-from mbq.recipe import Recipe
+from mbq.recipe import Recipe, package_versions
 from mbq.rows import Row, check_images, data_hash, read_rows
 from mbq.scheme import SCHEMES, Scheme
-from mbq.search import GroupSearch, equalize_model
+from mbq.search import Finished, GroupSearch, equalize_model
 from mbq.sensitivity import Sensitivity, measure
 from mbq.vision_tower import smooth_vision_tower, tower_linears
 
@@ -74,6 +75,7 @@ def quantize(
     data: str | Path | list[Row] | None = None,
     images: str | Path | None = None,
     output: str | Path | None = None,
+    resume: bool = False,
     progress: Progress = silent,
     **options: Any,
 ) -> QuantizationResult:
@@ -81,6 +83,7 @@ def quantize(
 
     model    a folder, a hub id, or a loaded model with its ``processor``; a loaded model is copied, not changed
     data     calibration rows: a file or folder that ``read_rows`` reads, or its rows; the method "rtn" needs none
+    resume   go on with an unfinished run of the same ``output`` and options, block by block, if there is one
     options  the other fields of ``Recipe``
 
     Raises MBQError for whatever the caller can mend; ``output`` then does not exist.
@@ -91,32 +94,62 @@ def quantize(
     if output is not None:
         check_new(output)
     seconds: dict[str, float] = {}
-    with _timed(seconds, "load"):
+    with _timed(seconds, "read"):
         rows = _rows(recipe, rows)  # before the model, which takes longer
-        own, processor, name = _float_model(model, processor, recipe)
-        binding = bind(own)
-        targets = target_schemes(binding, recipe)
-        placement = _place(binding, model, recipe)
-    before = _bytes(own)
-    with _timed(seconds, "calibrate"):
-        batches = _batches(rows, processor, binding, recipe, progress)
-    sensitivity = None
-    if chosen.weighs:
-        with _timed(seconds, "sensitivity"):
-            sensitivity = _measured(binding, batches, recipe, placement, progress)
-    with _timed(seconds, "search"):
-        search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress)
-    with _timed(seconds, "quantize"):
-        _pack_linears(binding, targets, chosen, progress)
-        if placement.blocks:
-            own.to("cpu")  # as a whole again
-    after, folder = _bytes(own), None
-    if output is not None:
-        with _timed(seconds, "write"):
-            hashed = data_hash(_drawn(rows, recipe)) if rows else None
-            found = Measured(hashed, sensitivity, search, before, after)
-            folder = write_folder(Path(output), binding, processor, recipe, name, found)
+        hashed = data_hash(_drawn(rows, recipe)) if rows else None
+    with _state(model, output, recipe, hashed, chosen, resume) as state:
+        with _timed(seconds, "load"):
+            own, processor, name = _float_model(model, processor, recipe)
+            binding = bind(own)
+            targets = target_schemes(binding, recipe)
+            placement = _place(binding, model, recipe)
+        before = _bytes(own)
+        with _timed(seconds, "calibrate"):
+            batches = _batches(rows, processor, binding, recipe, progress)
+        sensitivity = None
+        if chosen.weighs:
+            with _timed(seconds, "sensitivity"):
+                sensitivity = _measured(binding, batches, recipe, placement, progress, state)
+        finished = _Blocks(binding, targets, chosen, state)
+        with _timed(seconds, "search"):
+            search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress, finished)
+        with _timed(seconds, "quantize"):
+            _pack_rest(finished, progress)
+            if placement.blocks:
+                own.to("cpu")  # as a whole again
+        after, folder = _bytes(own), None
+        if output is not None:
+            with _timed(seconds, "write"):
+                found = Measured(hashed, sensitivity, search, before, after)
+                folder = write_folder(Path(output), binding, processor, recipe, name, found)
     return QuantizationResult(own, processor, recipe, folder, sensitivity, search, seconds, before, after)
+
+
+@contextmanager
+def _state(
+    model: Any, output: Any, recipe: Recipe, hashed: str | None, method: Method, resume: bool
+) -> Iterator[RunState | None]:
+    """Where a run that may take hours keeps what is done; None for runs that search nothing or write nothing."""
+    if isinstance(model, nn.Module) or output is None or method.equalize is None or recipe.distorted_input:
+        if resume:
+            raise MBQError(
+                "--resume goes on with a search, which this run has not, or not block by block; leave it out."
+            )
+        yield None
+        return
+    options = asdict(recipe) | {"ignore": list(recipe.ignore)}
+    for name in (
+        "data",
+        "images",
+        "text",
+        "offload",
+        "max_shard_size",
+    ):  # data have a hash; the others change no number
+        del options[name]
+    versions = package_versions()
+    fingerprint = {**options, **versions, "data": hashed, "model files": files_hash(model_folder(model))}
+    with run_state(Path(output), fingerprint, resume) as state:
+        yield state
 
 
 def measure_sensitivity(
@@ -137,7 +170,7 @@ def measure_sensitivity(
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
     binding = bind(own)
     placement = _place(binding, model, recipe)
-    return _measured(binding, _batches(rows, processor, binding, recipe, progress), recipe, placement, progress)
+    return _measured(binding, _batches(rows, processor, binding, recipe, progress), recipe, placement, progress, None)
 
 
 def _method(name: str) -> Method:
@@ -235,12 +268,22 @@ def _batches(
 
 
 def _measured(
-    binding: Binding, batches: list[CalibrationBatch], recipe: Recipe, placement: Placement, progress: Progress
+    binding: Binding,
+    batches: list[CalibrationBatch],
+    recipe: Recipe,
+    placement: Placement,
+    progress: Progress,
+    state: RunState | None,
 ) -> Sensitivity:
     def done(count: int) -> None:
         progress("sensitivity", count, len(binding.blocks), "")
 
-    return measure(binding, batches, parity=recipe.parity, storage=placement.storage, progress=done)
+    if state is not None and state.sensitivity is not None:
+        return Sensitivity.from_json(state.sensitivity)
+    measured = measure(binding, batches, parity=recipe.parity, storage=placement.storage, progress=done)
+    if state is not None:
+        state.keep_sensitivity(measured.to_json())
+    return measured
 
 
 def _equalize(
@@ -252,6 +295,7 @@ def _equalize(
     recipe: Recipe,
     placement: Placement,
     progress: Progress,
+    finished: Finished,
 ) -> list[GroupSearch]:
     """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
     options = SearchOptions(
@@ -274,6 +318,7 @@ def _equalize(
         sensitivity=sensitivity,
         targets=targets,
         storage=placement.storage,
+        finished=finished,
         progress=progress,
     )
     if recipe.vision_tower is not None:
@@ -281,28 +326,67 @@ def _equalize(
     return search
 
 
-@torch.no_grad()
-def _pack_linears(binding: Binding, targets: Mapping[str, Scheme], method: Method, progress: Progress) -> None:
-    """Replace each linear of ``targets`` by its packed layer; the float weight is freed at once."""
-    model, done = binding.model, 0
+class _Blocks:
+    """Blocks that are done: their target linears are packed at once, the float weights freed, and kept in ``state``."""
+
+    def __init__(self, binding: Binding, targets: Mapping[str, Scheme], method: Method, state: RunState | None) -> None:
+        self.binding, self.targets, self.method, self.state = binding, targets, method, state
+        self.kept: tuple[int, dict[str, torch.Tensor]] | None = None
+
+    def rows(self, index: int) -> list[GroupSearch] | None:
+        found = self.state.kept(index) if self.state is not None else None
+        if found is None:
+            return None
+        self.kept = (index, found[0])
+        return [GroupSearch.from_json(row) for row in found[1]]
+
+    def restore(self, index: int) -> None:
+        assert self.kept is not None
+        assert self.kept[0] == index
+        for name in self.names(index):
+            linear, scheme = _linear(self.binding.model, name), self.targets[name]
+            weight, bias = linear.weight, linear.bias is not None
+            shape = (linear.in_features, linear.out_features)
+            self.binding.model.set_submodule(name, QuantLinear(*shape, scheme, bias, weight.dtype, weight.device))
+        self.binding.blocks[index].load_state_dict(self.kept[1])
+        self.kept = None
+
+    def keep(self, index: int, rows: list[GroupSearch]) -> None:
+        for name in self.names(index):
+            self.pack(name)
+        if self.state is not None:
+            self.state.keep(index, self.binding.blocks[index].state_dict(), [row.to_json() for row in rows])
+
+    def names(self, index: int) -> list[str]:
+        """The targets in a block."""
+        return [name for name in self.targets if name.startswith(self.binding.name(index, ""))]
+
+    @torch.no_grad()
+    def pack(self, name: str) -> None:
+        linear, scheme = _linear(self.binding.model, name), self.targets[name]
+        layer = QuantLinear.from_qtensor(self.method.round(linear.weight, scheme.weights), scheme, linear.bias)
+        self.binding.model.set_submodule(name, layer)
+
+
+def _pack_rest(blocks: _Blocks, progress: Progress) -> None:
+    """What no search has packed: everything where nothing is searched, else the vision tower."""
+    binding, done = blocks.binding, 0
 
     def pack(names: Collection[str]) -> None:
         nonlocal done
         for name in names:
-            linear, scheme = _linear(model, name), targets[name]
-            model.set_submodule(
-                name, QuantLinear.from_qtensor(method.round(linear.weight, scheme.weights), scheme, linear.bias)
-            )
+            if not isinstance(binding.model.get_submodule(name), QuantLinear):
+                blocks.pack(name)
             done += 1
-            progress("quantize", done, len(targets), name)
+            progress("quantize", done, len(blocks.targets), name)
 
     inside: set[str] = set()
     for index in range(len(binding.blocks)):
-        names = [name for name in targets if name.startswith(binding.name(index, ""))]
+        names = blocks.names(index)
         inside.update(names)
         with placed(binding, index):
             pack(names)
-    pack([name for name in targets if name not in inside])
+    pack([name for name in blocks.targets if name not in inside])
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -42,6 +42,23 @@ class GroupSearch:
         """JSON knows no NaN or infinity: such losses become null."""
         return asdict(self) | {"losses": [value if math.isfinite(value) else None for value in self.losses]}
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> GroupSearch:
+        return cls(**{**row, "losses": tuple(math.nan if value is None else value for value in row["losses"])})
+
+
+class Finished(Protocol):
+    """What becomes of a block that is searched and folded, and what an earlier run has made of it already."""
+
+    def rows(self, index: int) -> list[GroupSearch] | None:
+        """The block's rows where an earlier run has finished it."""
+
+    def restore(self, index: int) -> None:
+        """Put its layers in the place of the block's."""
+
+    def keep(self, index: int, rows: list[GroupSearch]) -> None:
+        """The block is done; its weights are not looked at again."""
+
 
 @torch.no_grad()
 def equalize_model(
@@ -54,13 +71,15 @@ def equalize_model(
     sensitivity: Sensitivity | None = None,
     targets: Collection[str] | None = None,
     storage: torch.device | None = None,
+    finished: Finished | None = None,
     progress: Progress = silent,
 ) -> list[GroupSearch]:
     """Search and fold every block, in place: weights stay float, and the model's function stays what it was.
 
     ``targets`` are the full names of the linears that will be quantized (None: all of the groups'); the others are
     folded, but stay float in every candidate. ``sensitivity`` is what methods that weigh need. Activations are kept on
-    ``storage``, by default where they are made.
+    ``storage``, by default where they are made. ``finished`` takes each block that is done, and may have had some
+    done before (but not with ``distorted_input``, where what a block sees depends on the quantized ones before it).
 
     Raises MBQError for a norm that nothing can be folded into, a sensitivity that cannot weigh, and a group without a
     finite loss.
@@ -84,6 +103,13 @@ def equalize_model(
     rows: list[GroupSearch] = []
     for index in range(len(binding.blocks)):
         with placed(binding, index) as block:
+            earlier = finished.rows(index) if finished is not None else None
+            if finished is not None and earlier is not None:
+                _, hidden = trace(block, (), hidden, calls[index], storage)
+                finished.restore(index)
+                rows += earlier
+                progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
+                continue
             floats, hidden = trace(block, groups, hidden, calls[index], storage)
             check_outputs(binding, index, hidden)
             reads = floats
@@ -93,6 +119,8 @@ def equalize_model(
             if options.distorted_input:
                 pairs = zip(seen, calls[index], strict=True)
                 seen = [search.quantized(index, states, call).to(states.device) for states, call in pairs]
+            if finished is not None:
+                finished.keep(index, searched)
         rows += searched
         progress("search", index + 1, len(binding.blocks), _note(index, searched))
     return rows

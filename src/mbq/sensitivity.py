@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -36,6 +36,11 @@ class Sensitivity:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Sensitivity:
+        sides = {side: {part: tuple(content[side][part]) for part in PARTS} for side in ("vision", "language")}
+        return cls(**sides, released=content["released"])
 
 
 def measure(
