@@ -35,6 +35,9 @@ from mbq.vision_tower import smooth_vision_tower, tower_linears
 
 log = logging.getLogger(__name__)
 
+# Options that change no number, or that the hash of the data stands for.
+NO_NUMBERS = ("data", "images", "text", "offload", "max_shard_size")
+
 
 @dataclass(frozen=True)
 class QuantizationResult:
@@ -137,17 +140,9 @@ def _state(
             )
         yield None
         return
-    options = asdict(recipe) | {"ignore": list(recipe.ignore)}
-    for name in (
-        "data",
-        "images",
-        "text",
-        "offload",
-        "max_shard_size",
-    ):  # data have a hash; the others change no number
-        del options[name]
-    versions = package_versions()
-    fingerprint = {**options, **versions, "data": hashed, "model files": files_hash(model_folder(model))}
+    options = {name: value for name, value in asdict(recipe).items() if name not in NO_NUMBERS}
+    files = files_hash(model_folder(model))
+    fingerprint = {**options, **package_versions(), "data": hashed, "model files": files}
     with run_state(Path(output), fingerprint, resume) as state:
         yield state
 
