@@ -40,7 +40,7 @@ above its tables. `mbq bench` measures the packed linears on your GPU.
   "read µs") is a kernel that reads these bytes and does nothing with them; "ceiling" is the share of what that kernel
   reads a second from memory much larger than the L2; "x cuBLAS" is how many times faster than cuBLAS on 16-bit weights.
 - Each contender was checked against the dense product before it was timed. Marlin's weights are symmetric, without
-  zeros; the others' are asymmetric.
+  zeros; the others' are asymmetric. GemLite chooses among its kernels in the run, from shorter timings than by default.
 """
 
 LAYOUT = """## What runs when
