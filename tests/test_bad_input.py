@@ -178,6 +178,20 @@ def test_output_below_a_file_is_refused_before_any_work(refused: Callable[..., s
     assert f"because {tmp_path / 'file'} is a file; choose another output folder" in sentence
 
 
+def test_a_disk_without_space_is_told_before_any_work(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*args: Any) -> None:
+        raise AssertionError("it calibrates")
+
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=100_000))
+    monkeypatch.setattr("mbq.pipeline._batches", work)
+    sentence = refused()
+    assert "is full: the model needs about" in sentence
+    assert "0.00 GB are free; free some space or choose another output folder" in sentence
+
+
 @pytest.mark.parametrize("writer", ["mbq.output.save_model", "mbq.output.write_json"])
 def test_full_disk(writer: str, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:

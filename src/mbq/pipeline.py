@@ -17,12 +17,13 @@ from torch import nn
 from mbq.architecture import Binding, bind
 from mbq.blocks import device_of, placed
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
-from mbq.checkpoint.folder import check_new
+from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
+from mbq.checkpoint.folder import check_new, check_space
 from mbq.checkpoint.state import RunState, files_hash, run_state
 from mbq.errors import MBQError
 from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
-from mbq.output import Measured, write_folder
+from mbq.output import Measured, ignored, write_folder
 from mbq.placement import Placement, place
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
@@ -106,6 +107,10 @@ def quantize(
             binding = bind(own)
             targets = target_schemes(binding, recipe)
             placement = _place(binding, model, recipe)
+            if output is not None:  # before hours of work, not after
+                check_space(
+                    output, checkpoint_bytes(own, quantization_config(recipe.numbers, *ignored(binding, recipe)))
+                )
         before = _bytes(own)
         with _timed(seconds, "calibrate"):
             batches = _batches(rows, processor, binding, recipe, progress)

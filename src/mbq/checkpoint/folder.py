@@ -26,10 +26,8 @@ def new_folder(path: str | Path, needs: int = 0) -> Iterator[Path]:
     check_new(path)
     temporary = None
     try:
+        check_space(path, needs)
         path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if free < needs:
-            raise MBQError(_full(path, needs, free))
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o777 & ~_umask())
         yield temporary
@@ -58,6 +56,14 @@ def check_new(path: str | Path) -> None:
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         what = "takes no new files" if above.is_dir() else "is a file"
         raise MBQError(f"{path} cannot be written, because {above} {what}; choose another output folder.")
+
+
+def check_space(path: str | Path, needs: int) -> None:
+    """Raise MBQError unless ``needs`` bytes are free where ``path`` will be."""
+    path = Path(path).expanduser().absolute()
+    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+    if free < needs:
+        raise MBQError(_full(path, needs, free))
 
 
 def _sentence(path: Path, needs: int, error: OSError) -> str:
