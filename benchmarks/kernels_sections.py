@@ -123,6 +123,8 @@ def step(report: dict[str, Any]) -> str:
         f"{report['positions']:,} positions.\n",
         STEP,
     ]
+    if "note" in report:
+        lines.append(f"{report['note']}\n")
     header = ["", "attention", "GB", "recorded, µs", "", "compiled, µs", "", "tokens/s recorded", "compiled", "plain"]
     rows, goals = [], []
     for family, found in report["families"].items():

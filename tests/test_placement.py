@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ def whole_model_gradients(binding: Binding, batch: CalibrationBatch) -> torch.Te
 
     def watch(key: tuple[int, int]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
-            output.requires_grad_(True) if not output.requires_grad else None
             output.register_hook(lambda gradient: found.update({key: gradient.float().abs().mean(-1)}))
 
         return hook
@@ -50,34 +50,29 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
         torch.testing.assert_close(gradient, whole_model_gradients(binding, batch), rtol=1e-5, atol=1e-12)
 
 
-class Adding(nn.Module):
-    """Two blocks, to the first of whose outputs the model adds something at some tokens, in place, as Qwen3-VL does."""
+@contextmanager
+def adding(block: nn.Module, channels: int) -> Iterator[None]:
+    """Inside, the model adds something to the block's output at some tokens, as Qwen3-VL does.
 
-    def __init__(self, model: Any, blocks: nn.ModuleList) -> None:
-        super().__init__()
-        self.model, self.first = model, blocks[0]
-        torch.manual_seed(0)
-        self.features = torch.randn(3, model.config.get_text_config().hidden_size)
+    A hook on the block stands for the model's own code: it runs where the block is let through, too.
+    """
+    torch.manual_seed(0)
+    features = torch.randn(3, channels)
 
-    def __enter__(self) -> None:
-        def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-            output = output.clone()
-            output[:, 1:4] = output[:, 1:4] + self.features
-            return output
+    def add(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[:, 1:4] = output[:, 1:4] + features
+        return output
 
-        # After the block's own hooks: what the model does between blocks is no part of a block.
-        self.handle = self.first.register_forward_hook(add)
-
-    def __exit__(self, *error: Any) -> None:
-        self.handle.remove()
+    with hooked() as hooks:
+        hooks.append(block.register_forward_hook(add))
+        yield
 
 
 def test_what_the_model_adds_between_blocks_is_kept() -> None:
-    """A hook on a block stands for the model's own code: it runs where the block is let through, too."""
     binding, batches = calibrated("qwen2_vl")
     seen: list[torch.Tensor] = []
-    adding = Adding(binding.model, binding.blocks)
-    with adding:
+    with adding(binding.blocks[0], binding.model.config.get_text_config().hidden_size):
         handle = binding.blocks[1].register_forward_pre_hook(
             lambda module, args, kwargs: seen.append((args[0] if args else kwargs["hidden_states"]).clone()),
             with_kwargs=True,

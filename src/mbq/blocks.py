@@ -142,13 +142,13 @@ def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     return _first(block(hidden, *call.args, **call.kwargs))
 
 
-def check_outputs(binding: Binding, index: int, outputs: Sequence[torch.Tensor]) -> None:
-    """Raise MBQError, with the block's name, where its ``outputs`` hold a NaN or an infinity."""
+def check_outputs(binding: Binding, index: int, outputs: Sequence[torch.Tensor], group: str = "") -> None:
+    """Raise MBQError, with the names of the block and of its ``group``, where ``outputs`` hold a NaN or an infinity."""
     if bool(torch.stack([torch.isfinite(each).all() for each in outputs]).all()):
         return
-    dtype = str(outputs[0].dtype).removeprefix("torch.")
+    path, dtype = binding.name(index, "").rstrip("."), str(outputs[0].dtype).removeprefix("torch.")
     raise MBQError(
-        f"The output of {binding.name(index, '').rstrip('.')} is not finite in {dtype}; "
+        f"The output of {f'block {index}, {group}, in ' if group else ''}{path} is not finite in {dtype}; "
         f"{'give --dtype bfloat16 or float32' if dtype == 'float16' else 'check the checkpoint'}."
     )
 

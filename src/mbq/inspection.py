@@ -19,6 +19,7 @@ from mbq.errors import MBQError
 from mbq.loading import auto_class, read_config, torch_dtype
 from mbq.output import ignored
 from mbq.pipeline import target_schemes
+from mbq.placement import weight_bytes
 from mbq.recipe import Recipe
 
 
@@ -50,8 +51,8 @@ def inspect(model: str | Path, **options: Any) -> Inspection:
     linears = {name: each for name, each in binding.model.named_modules() if isinstance(each, nn.Linear)}
     shapes = {name: (each.out_features, each.in_features) for name, each in linears.items()}
     ignore, others = ignored(binding, recipe)
-    before = _bytes(binding.model)
-    blocks = [_bytes(block) for block in binding.blocks]
+    before = weight_bytes(binding.model)
+    blocks = [weight_bytes(block) for block in binding.blocks]
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     config: Any = binding.model.config
     hidden = (getattr(config, "llm_config", None) or config.get_text_config()).hidden_size
@@ -83,11 +84,6 @@ def _shapes(model: str | Path, recipe: Recipe) -> Any:
         raise MBQError(
             f"The code of {model} makes no model without weights ({first}); it cannot be inspected."
         ) from error
-
-
-def _bytes(module: nn.Module) -> int:
-    """Of parameters and buffers; tied ones once."""
-    return sum(each.nbytes for each in {id(each): each for each in (*module.parameters(), *module.buffers())}.values())
 
 
 def inspection_table(found: Inspection) -> Table:

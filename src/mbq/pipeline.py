@@ -5,32 +5,32 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from mbq.architecture import Binding, bind
-from mbq.blocks import device_of, placed
+from mbq.blocks import device_of
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.checkpoint.folder import check_new, check_space
 from mbq.checkpoint.state import RunState, files_hash, run_state
 from mbq.errors import MBQError
+from mbq.finished import FinishedBlocks, linear_of
 from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, ignored, write_folder
-from mbq.placement import Placement, place
+from mbq.placement import Placement, place, weight_bytes
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
 from mbq.recipe import Recipe, package_versions
 from mbq.rows import Row, check_images, data_hash, read_rows
 from mbq.scheme import SCHEMES, Scheme
-from mbq.search import Finished, GroupSearch, equalize_model
+from mbq.search import GroupSearch, equalize_model
 from mbq.sensitivity import Sensitivity, measure
 from mbq.vision_tower import smooth_vision_tower, tower_linears
 
@@ -108,24 +108,23 @@ def quantize(
             targets = target_schemes(binding, recipe)
             placement = _place(binding, model, recipe)
             if output is not None:  # before hours of work, not after
-                check_space(
-                    output, checkpoint_bytes(own, quantization_config(recipe.numbers, *ignored(binding, recipe)))
-                )
-        before = _bytes(own)
+                config = quantization_config(recipe.numbers, *ignored(binding, recipe))
+                check_space(output, checkpoint_bytes(own, config))
+        before = weight_bytes(own)
         with _timed(seconds, "calibrate"):
             batches = _batches(rows, processor, binding, recipe, progress)
         sensitivity = None
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
                 sensitivity = _measured(binding, batches, recipe, placement, progress, state)
-        finished = _Blocks(binding, targets, chosen, state)
+        finished = FinishedBlocks(binding, targets, chosen, state)
         with _timed(seconds, "search"):
             search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress, finished)
         with _timed(seconds, "quantize"):
-            _pack_rest(finished, progress)
+            finished.pack_rest(progress)
             if placement.blocks:
                 own.to("cpu")  # as a whole again
-        after, folder = _bytes(own), None
+        after, folder = weight_bytes(own), None
         if output is not None:
             with _timed(seconds, "write"):
                 found = Measured(hashed, sensitivity, search, before, after)
@@ -232,7 +231,7 @@ def target_schemes(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
         raise MBQError("--ignore leaves no linear to quantize; give patterns that match fewer.")
     size = recipe.numbers.weights.group_size
     for name in targets if size else ():
-        width = _linear(binding.model, name).in_features
+        width = linear_of(binding.model, name).in_features
         if width % cast(int, size):
             raise MBQError(
                 f"{name} reads {width} channels, no multiple of the group size {size}; choose a --group-size that "
@@ -295,7 +294,7 @@ def _equalize(
     recipe: Recipe,
     placement: Placement,
     progress: Progress,
-    finished: Finished,
+    finished: FinishedBlocks,
 ) -> list[GroupSearch]:
     """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
     options = SearchOptions(
@@ -324,81 +323,6 @@ def _equalize(
     if recipe.vision_tower is not None:
         smooth_vision_tower(binding, batches, recipe.ignore, recipe.smooth_alpha)
     return search
-
-
-class _Blocks:
-    """Blocks that are done: their target linears are packed at once, the float weights freed, and kept in ``state``."""
-
-    def __init__(self, binding: Binding, targets: Mapping[str, Scheme], method: Method, state: RunState | None) -> None:
-        self.binding, self.targets, self.method, self.state = binding, targets, method, state
-        self.kept: tuple[int, dict[str, torch.Tensor]] | None = None
-
-    def rows(self, index: int) -> list[GroupSearch] | None:
-        found = self.state.kept(index) if self.state is not None else None
-        if found is None:
-            return None
-        self.kept = (index, found[0])
-        return [GroupSearch.from_json(row) for row in found[1]]
-
-    def restore(self, index: int) -> None:
-        assert self.kept is not None
-        assert self.kept[0] == index
-        for name in self.names(index):
-            linear, scheme = _linear(self.binding.model, name), self.targets[name]
-            weight, bias = linear.weight, linear.bias is not None
-            shape = (linear.in_features, linear.out_features)
-            self.binding.model.set_submodule(name, QuantLinear(*shape, scheme, bias, weight.dtype, weight.device))
-        self.binding.blocks[index].load_state_dict(self.kept[1])
-        self.kept = None
-
-    def keep(self, index: int, rows: list[GroupSearch]) -> None:
-        for name in self.names(index):
-            self.pack(name)
-        if self.state is not None:
-            self.state.keep(index, self.binding.blocks[index].state_dict(), [row.to_json() for row in rows])
-
-    def names(self, index: int) -> list[str]:
-        """The targets in a block."""
-        return [name for name in self.targets if name.startswith(self.binding.name(index, ""))]
-
-    @torch.no_grad()
-    def pack(self, name: str) -> None:
-        linear, scheme = _linear(self.binding.model, name), self.targets[name]
-        layer = QuantLinear.from_qtensor(self.method.round(linear.weight, scheme.weights), scheme, linear.bias)
-        self.binding.model.set_submodule(name, layer)
-
-
-def _pack_rest(blocks: _Blocks, progress: Progress) -> None:
-    """What no search has packed: everything where nothing is searched, else the vision tower."""
-    binding, done = blocks.binding, 0
-
-    def pack(names: Collection[str]) -> None:
-        nonlocal done
-        for name in names:
-            if not isinstance(binding.model.get_submodule(name), QuantLinear):
-                blocks.pack(name)
-            done += 1
-            progress("quantize", done, len(blocks.targets), name)
-
-    inside: set[str] = set()
-    for index in range(len(binding.blocks)):
-        names = blocks.names(index)
-        inside.update(names)
-        with placed(binding, index):
-            pack(names)
-    pack([name for name in blocks.targets if name not in inside])
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-def _bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers; tied ones once."""
-    tensors: Mapping[int, torch.Tensor] = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from torch import nn
 
 from mbq.architecture import Binding
 
-OFFLOADS = ("auto", "blocks", "none")
 # Of the free memory, for weights; the rest is for activations and for what a search works with.
 WEIGHTS_SHARE = 0.6
 
@@ -53,9 +52,13 @@ def place(binding: Binding, device: torch.device, offload: str = "auto") -> Plac
     return Placement(device, apart)
 
 
+def weight_bytes(module: nn.Module) -> int:
+    """Of parameters and buffers; tied ones once."""
+    return sum(each.nbytes for each in {id(each): each for each in (*module.parameters(), *module.buffers())}.values())
+
+
 def _fits(model: nn.Module, device: torch.device) -> bool:
-    needed = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
-    return needed <= WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0]
+    return weight_bytes(model) <= WEIGHTS_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def _move_own(module: nn.Module, device: torch.device) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from mbq.progress import Progress, silent
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import Scheme
 from mbq.sensitivity import PARTS, Sensitivity, ratios
+
+if TYPE_CHECKING:
+    from mbq.finished import FinishedBlocks
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,6 @@ class GroupSearch:
         return cls(**{**row, "losses": tuple(math.nan if value is None else value for value in row["losses"])})
 
 
-class Finished(Protocol):
-    """What becomes of a block that is searched and folded, and what an earlier run has made of it already."""
-
-    def rows(self, index: int) -> list[GroupSearch] | None:
-        """The block's rows where an earlier run has finished it."""
-
-    def restore(self, index: int) -> None:
-        """Put its layers in the place of the block's."""
-
-    def keep(self, index: int, rows: list[GroupSearch]) -> None:
-        """The block is done; its weights are not looked at again."""
-
-
 @torch.no_grad()
 def equalize_model(
     binding: Binding,
@@ -71,7 +61,7 @@ def equalize_model(
     sensitivity: Sensitivity | None = None,
     targets: Collection[str] | None = None,
     storage: torch.device | None = None,
-    finished: Finished | None = None,
+    finished: FinishedBlocks | None = None,
     progress: Progress = silent,
 ) -> list[GroupSearch]:
     """Search and fold every block, in place: weights stay float, and the model's function stays what it was.
@@ -111,6 +101,8 @@ def equalize_model(
                 progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
                 continue
             floats, hidden = trace(block, groups, hidden, calls[index], storage)
+            for group in groups:
+                check_outputs(binding, index, floats[group.name].outputs, group.name)
             check_outputs(binding, index, hidden)
             reads = floats
             if options.distorted_input:

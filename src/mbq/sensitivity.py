@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding
-from mbq.blocks import Call, capture, check_outputs, device_of, evaluating, forward, hooked, passing, placed, run
+from mbq.blocks import Call, capture, check_outputs, device_of, evaluating, forward, hooked, passing, placed, run, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.errors import MBQError
 
@@ -112,10 +112,8 @@ def token_gradients(
         hidden, calls = capture(binding, batches, storage)
         inputs = [hidden]
         for index in range(len(binding.blocks)):
-            with placed(binding, index) as block, torch.no_grad():
-                hidden = [
-                    _kept(run(block, states, call), storage) for states, call in zip(hidden, calls[index], strict=True)
-                ]
+            with placed(binding, index) as block:
+                _, hidden = trace(block, (), hidden, calls[index], storage)
             check_outputs(binding, index, hidden)
             inputs.append(hidden)
         scale = _HALF_PRECISION_SCALE if hidden[0].dtype == torch.float16 else 1.0

@@ -34,7 +34,7 @@ def new_folder(path: str | Path, needs: int = 0) -> Iterator[Path]:
         _finish(temporary)
         check_new(path)
         os.replace(temporary, path)  # over an empty folder, too
-        _sync_entry(path.parent)
+        sync_entry(path.parent)
     except OSError as error:
         raise MBQError(_sentence(path, needs, error)) from error
     finally:
@@ -89,10 +89,11 @@ def _finish(folder: Path) -> None:
             with open(os.path.join(root, name), "rb+") as file:
                 os.fsync(file.fileno())
             os.chmod(os.path.join(root, name), mode)
-        _sync_entry(Path(root))
+        sync_entry(Path(root))
 
 
-def _sync_entry(folder: Path) -> None:
+def sync_entry(folder: Path) -> None:
+    """Bring the names in ``folder`` to the disk."""
     if os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(folder, os.O_RDONLY)

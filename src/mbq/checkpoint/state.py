@@ -1,12 +1,12 @@
 """An unfinished run, block by block on the disk, so that ``--resume`` goes on where it ended.
 
 Beside the folder that is to be written, as ``NAME.unfinished``: ``run.json`` (the fingerprint of the run, the
-sensitivity, and a SHA-256 of every block's file) and a safetensors file a block. A file is complete or not there.
+sensitivity, every block's part of search.json and a SHA-256 of its file) and a safetensors file a block. A file is
+complete or not there.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load, save
 
+from mbq.checkpoint.folder import sync_entry
 from mbq.errors import MBQError
 
 PIECE = 2**20  # of the beginning and the end of a weights file: what a fingerprint looks at
@@ -45,7 +46,7 @@ class RunState:
 
     def keep(self, block: int, tensors: Mapping[str, torch.Tensor], rows: list[dict[str, Any]]) -> None:
         """A block that is done: its tensors, and its part of search.json."""
-        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {"rows": json.dumps(rows)})
+        data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         _write(self._file(block), data)
         self.content["blocks"][str(block)] = {"sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
         self._write_content()
@@ -103,7 +104,7 @@ def _take_up(state: RunState, output: Path, resume: bool) -> None:
     file = state.folder / "run.json"
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        known, blocks = found["fingerprint"], found["blocks"]
+        known, blocks, _ = found["fingerprint"], found["blocks"], found["sensitivity"]
     except (ValueError, KeyError, TypeError) as error:
         raise MBQError(f"{file} is damaged; remove {state.folder} and start anew.") from error
     if not resume:
@@ -126,21 +127,35 @@ def _locked(folder: Path, output: Path) -> Iterator[None]:
     """Nobody else works in ``folder`` meanwhile; the system lets go of the lock of a run that was killed."""
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise MBQError(
-                    f"Another run is writing {output}; wait for it, or choose another output folder."
-                ) from error
+        with _lock_file(folder) as file:
+            if not _taken(file):
+                raise MBQError(f"Another run is writing {output}; wait for it, or choose another output folder.")
             yield
-    except OSError as error:
-        raise MBQError(f"{folder} cannot be written ({error.strerror}); choose another output folder.") from error
     finally:
         for parent in missing:  # from the innermost; those that hold something by now stay
             with suppress(OSError):
                 parent.rmdir()
+
+
+def _lock_file(folder: Path) -> IO[str]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / "lock", "w", encoding="utf-8")
+    except OSError as error:
+        raise MBQError(f"{folder} cannot be written ({error.strerror}); choose another output folder.") from error
+
+
+def _taken(file: IO[str]) -> bool:
+    """Whether the lock is this run's now. Windows has no such locks: there, nobody is kept out."""
+    if os.name == "nt":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -152,6 +167,7 @@ def _write(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_entry(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise MBQError(

@@ -21,7 +21,7 @@
 //   under the exponent for which bit j counts 1. The float is 2^(MANTISSA - j) + code. Half of the time no shift is needed.
 // - Nobody subtracts that offset, or the zero, from every weight. For a group
 //       sum x (code - zero) = sum x (offset + code) - (sum x offset + zero * sum x)
-//   and the sums of x, one for each offset, are one more mma, by a matrix of ones.
+//   and the last two sums are products of x with a column of offsets and a column of ones, a quarter as many mmas again.
 //
 // Columns of the mma that hold no row of x repeat the last one; what they give is not stored.
 //
