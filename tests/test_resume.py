@@ -183,6 +183,17 @@ def test_another_run_is_not_gone_on_with(
         mbq.quantize(**options, output=output, resume=True)
 
 
+def test_a_runs_own_errors_stay_what_they_are(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No trouble of the disk that the state lies on, and nothing is lost by it."""
+    output = tmp_path / "out"
+    stopping_after(1, OSError(errno.ECONNRESET, "the hub hung up"), monkeypatch)
+    with pytest.raises(OSError, match="the hub hung up"):
+        mbq.quantize(**options, output=output)
+    assert [file.name for file in unfinished(output).glob("block-*")] == ["block-0000.safetensors"]
+
+
 def test_two_runs_on_one_folder(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, search = tmp_path / "out", _Search.block
     met: list[str] = []
