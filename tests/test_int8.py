@@ -229,6 +229,26 @@ def test_real_shapes(scheme: Scheme, dtype: torch.dtype) -> None:
 
 @GPU
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_humming_gives_the_same_products(dtype: torch.dtype) -> None:
+    """The codes and scales of x are mbq's, the sums exact: what differs is rounded once or twice."""
+    pytest.importorskip("humming")
+    kernel = KERNELS["humming"]
+    for outputs, inputs in ((640, 512), (4608, 3584), (3584, 18944)):
+        q = random_weight(SCHEMES["W4A8"], outputs, inputs, dtype)
+        packed = pack_weight(q, SCHEMES["W4A8"])
+        assert kernel.supports(SCHEMES["W4A8"], (outputs, inputs), packed.words.device, dtype) is None
+        prepared, bias = kernel.prepare(packed), torch.randn(outputs, dtype=dtype, device=DEVICE)
+        for rows in (1, 16, 17, 130, 2048):
+            x = random_x(rows, inputs, dtype)
+            for offset in (None, bias):
+                found = linear(x, prepared, offset, "humming")
+                wanted = linear(x, int8.prepare(packed), offset, "triton")
+                torch.testing.assert_close(found, wanted, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@GPU
+@pytest.mark.gpu
 def test_graphs_streams_and_devices() -> None:
     for index in range(torch.cuda.device_count()):
         scheme = SCHEMES["W4A8"]

@@ -21,7 +21,7 @@ from transformers.activations import SiLUActivation
 
 from mbq.errors import MBQError
 from mbq.families import FAMILIES, VISION_GROUPS
-from mbq.kernels import choose, int8
+from mbq.kernels import choose, humming, int8
 from mbq.kernels.attention import runs
 from mbq.kernels.elementwise import MOST_INPUTS, gated, rms_norm
 from mbq.kernels.operator import current_device
@@ -38,6 +38,8 @@ SHARED_INPUT = tuple(
         if len(group.linears) > 1
     )
 )
+
+QUANTIZING = {"triton": int8, "humming": humming}  # that quantize a gate as it is computed
 
 
 class Kept:
@@ -235,9 +237,9 @@ def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     fused = next(child for child in self.children() if isinstance(child, LinearSlice)).fused
     down = next(child for child in self.children() if isinstance(child, QuantLinear))
     both = fused.layer(x)
-    if down.kernel == "triton" and down.scheme.activations is not None:
+    if down.scheme.activations is not None and down.kernel in QUANTIZING:
         with current_device(x.device):
-            return int8.linear(both, down.packed, down.bias, gated=True)
+            return QUANTIZING[down.kernel].linear(both, down.packed, down.bias, gated=True)
     return down(gated(both))
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import cuda, reference, triton
+from mbq.kernels import cuda, humming, reference, triton
 from mbq.kernels.packed import PackedWeight
 from mbq.scheme import Scheme
 
@@ -27,7 +27,8 @@ class Kernel(Protocol):
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-KERNELS: dict[str, Kernel] = {"cuda": cuda, "triton": triton, "reference": reference}  # in the order of their speed
+# In the order of their speed.
+KERNELS: dict[str, Kernel] = {"cuda": cuda, "humming": humming, "triton": triton, "reference": reference}
 
 
 def choose(name: str, scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str:
