@@ -19,7 +19,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 from mbq import bench
 from mbq.bench import QWEN2_7B, microseconds
-from mbq.kernels import cuda, int8
+from mbq.kernels import cuda, humming, int8
 from mbq.kernels.int8 import Tiles
 from mbq.kernels.packed import PackedWeight
 from mbq.qtensor import quantize_activations
@@ -38,7 +38,7 @@ from mbq.scheme import SCHEMES, Scheme
 LAYER = QWEN2_7B.shapes
 VISION = {"vision up": (4304, 1152), "vision down": (1152, 4304)}
 SHAPES = {**LAYER, **VISION}
-ROWS = (128, 512, 2048, 8192)
+ROWS = (1, 16, 128, 512, 2048, 8192)
 QUANTIZED = ("W4A8", "W8A8")
 WEIGHT_ONLY = "W3A16"
 TAKEOVER_ROWS = (16, 32, 48, 64, 80, 96, 112, 128)
@@ -90,29 +90,31 @@ def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 # ---- weights ----
 
 
-def random_weight(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, PackedWeight]:
-    """int8 codes over their whole range, and the prepared weight."""
+def random_weight(
+    scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, kernel: Any = int8
+) -> tuple[torch.Tensor, PackedWeight]:
+    """int8 codes over their whole range, and the weight as ``kernel`` prepares it."""
     from mbq.kernels.packed import pack_weight
     from mbq.qtensor import QTensor
 
     half = 2 ** (scheme.weights.bits - 1)
     codes = torch.randint(-half, half, shape, dtype=torch.int8, device="cuda")
     scale = (torch.rand(shape[0], 1, device="cuda") * 0.01 + 0.001).to(dtype)
-    return codes, int8.prepare(pack_weight(QTensor(codes, scale, None, scheme.weights), scheme))
+    return codes, kernel.prepare(pack_weight(QTensor(codes, scale, None, scheme.weights), scheme))
 
 
 def with_words(weight: PackedWeight, words: torch.Tensor) -> PackedWeight:
-    return PackedWeight(words, weight.scale, None, weight.shape, weight.scheme)
+    return replace(weight, words=words)
 
 
-def wrong(y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, weight: PackedWeight) -> int:
-    """How many of the first and last rows' products are further from the exact ones than a rounding."""
+def wrong(y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, weight: PackedWeight, roundings: int = 1) -> int:
+    """How many of the first and last rows' products are further from the exact ones than ``roundings``."""
     assert weight.scheme.activations is not None
     some = torch.cat([torch.arange(min(len(x), 64)), torch.arange(max(0, len(x) - 64), len(x))]).to(x.device)
     x_codes, scale = quantize_activations(x[some], weight.scheme.activations)
     exact = x_codes.double() @ codes.double().T * scale.double() * weight.scale.double().T
     kind = torch.finfo(y.dtype)
-    bound = (kind.eps / 2 * 1.001 + 1e-6) * exact.abs() + kind.eps * kind.tiny
+    bound = (roundings * kind.eps / 2 * 1.001 + 1e-6) * exact.abs() + kind.eps * kind.tiny
     return int((~((y[some].double() - exact).abs() <= bound)).sum())
 
 
@@ -293,6 +295,14 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
                     attempt("_int_mm", name, rows, lambda x=x, ws=weights: int_mm_time(x, ws))
             del weights, weight, codes
         if "humming" in args.peers:
+            if name in LAYER:
+                codes, weight = random_weight(SCHEMES["W4A8"], shape, dtype, humming)
+                weights = [with_words(weight, words) for words in copies_of(weight.words)]
+                for rows in args.rows:
+                    x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
+                    run = lambda x=x, ws=weights, c=codes: linear_time(x, ws, c, humming, roundings=3)  # noqa: E731
+                    attempt("W4A8 by humming", name, rows, run)
+                del weights, weight, codes
             for bits in (4, 8):
                 way = f"Humming W{bits}A8"
                 try:
@@ -314,7 +324,7 @@ def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight
     weight = cuda.prepare(packed)
     contender = bench.Contender(WEIGHT_ONLY, cuda.prepare, lambda x, w: cuda.linear(x, w, None))
     bench.check(contender, packed, weight, (cuda.PACKED_ROWS, cuda.PACKED_ROWS + 1), dtype)
-    return [PackedWeight(words, weight.scale, None, shape, scheme) for words in copies_of(weight.words)]
+    return [with_words(weight, words) for words in copies_of(weight.words)]
 
 
 def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -340,12 +350,14 @@ def with_packed_rows(most: int, x: torch.Tensor, weights: list[PackedWeight]) ->
         cuda.PACKED_ROWS = usual
 
 
-def linear_time(x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor) -> float:
+def linear_time(
+    x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor, kernel: Any = int8, roundings: int = 1
+) -> float:
     """The whole linear, quantization included, once it was found exact. Raises ValueError if it is not."""
-    bad = wrong(int8.linear(x, weights[0], None), x, codes, weights[0])
+    bad = wrong(kernel.linear(x, weights[0], None), x, codes, weights[0], roundings)
     if bad:
         raise ValueError(f"{bad} products are wrong")
-    return each([lambda w=w: int8.linear(x, w, None) for w in weights])  # type: ignore[misc]
+    return each([lambda w=w: kernel.linear(x, w, None) for w in weights])  # type: ignore[misc]
 
 
 def quantization_time(x: torch.Tensor) -> float:
