@@ -151,16 +151,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("architecture", [75, 80, 90])
 @pytest.mark.parametrize(
-    ("bits", "group_size", "dtype", "columns"),
-    [(2, 64, torch.float16, 8), (3, 128, torch.float16, 16), (4, None, torch.bfloat16, 8), (8, 32, torch.float16, 8)],
+    ("bits", "group_size", "dtype", "columns", "split"),
+    [
+        (2, 64, torch.float16, 8, 4),
+        (3, 128, torch.float16, 16, 2),
+        (4, None, torch.bfloat16, 8, 1),
+        (8, 32, torch.float16, 8, 1),
+    ],
 )
 def test_the_source_compiles(
-    cache: Path, architecture: int, bits: int, group_size: int | None, dtype: torch.dtype, columns: int
+    cache: Path, architecture: int, bits: int, group_size: int | None, dtype: torch.dtype, columns: int, split: int
 ) -> None:
     if architecture < 80:
         dtype = torch.float16
+    if architecture < 90:
+        split = 1
     source = Path(cuda.__file__).with_name("decode.cu").read_text()
-    options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 384))
+    options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 512, split))
     cubin = compiled.cubin_of(source, "decode.cu", architecture, options)
     assert cubin.startswith(b"\x7fELF")
     [kept] = cache.iterdir()
@@ -186,6 +193,8 @@ def test_a_gpu_without_a_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(cuda, "_function", missing)
+    monkeypatch.setattr(cuda, "_architecture", lambda index: 90)
+    monkeypatch.setattr(cuda, "_processors", lambda index: 132)
     cuda._warn.cache_clear()
     place = (SCHEMES["W3A16"], (64, 256), torch.device("cuda", 0), torch.float16)
     with pytest.warns(UserWarning, match=r"without the CUDA kernel, slower: .* not installed \(ImportError\)") as told:
@@ -196,39 +205,66 @@ def test_a_gpu_without_a_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatc
         choose("cuda", *place)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "tiles", "units", "columns", "split"),
+    [
+        (90, 112, 148, 16, 2),
+        (100, 792, 28, 16, 2),
+        (90, 793, 28, 16, 1),  # a warp of the 66th cluster would meet three tiles
+        (90, 112, 27, 16, 1),
+        (90, 112, 148, 8, 1),
+        (89, 112, 148, 16, 1),
+    ],
+)
+def test_blocks_share_tiles_where_they_can(
+    monkeypatch: pytest.MonkeyPatch, architecture: int, tiles: int, units: int, columns: int, split: int
+) -> None:
+    monkeypatch.setattr(cuda, "SPLITS", {8: 1, 16: 2})
+    monkeypatch.setattr(cuda, "_architecture", lambda index: architecture)
+    monkeypatch.setattr(cuda, "_processors", lambda index: 132)
+    assert cuda.split_of(tiles, units, columns, 0) == split
+
+
 # ---- the CUDA kernel in emulation ----
 
 EMULATED = [
-    (2, 64, False, torch.float16, 1),
-    (3, 128, False, torch.float16, 1),
-    (3, 128, False, torch.bfloat16, 5),
-    (3, 32, False, torch.bfloat16, 12),
-    (4, None, True, torch.float16, 8),
-    (8, 128, False, torch.float16, 16),
-    (3, None, False, torch.bfloat16, 2),
+    (2, 64, False, torch.float16, 1, 1),
+    (3, 128, False, torch.float16, 1, 1),
+    (3, 128, False, torch.bfloat16, 5, 1),
+    (3, 32, False, torch.bfloat16, 12, 1),
+    (4, None, True, torch.float16, 8, 1),
+    (8, 128, False, torch.float16, 16, 1),
+    (3, None, False, torch.bfloat16, 2, 1),
+    (3, 128, False, torch.float16, 1, 2),
+    (3, 32, False, torch.bfloat16, 12, 2),
+    (4, None, True, torch.float16, 8, 2),
+    (2, 64, False, torch.float16, 3, 4),
+    (3, None, False, torch.bfloat16, 16, 4),
 ]
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric", "dtype", "rows"), EMULATED)
+@pytest.mark.parametrize(("bits", "group_size", "symmetric", "dtype", "rows", "split"), EMULATED)
 def test_the_source_multiplies_on_the_cpu(
-    tmp_path: Path, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype, rows: int
+    tmp_path: Path, bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype, rows: int, split: int
 ) -> None:
     """decode.cu itself, a thread for every CUDA thread: what its lanes read, add and write, and nothing beside it."""
     torch.manual_seed(0)
     scheme = weight_only(bits, group_size, symmetric)
     outputs, inputs = (264, 128) if rows == 2 else (72, 384 if group_size == 128 else 320)
+    if split > 1:  # 3 units a block and tile, or 1 of 4 blocks; the last is not full where it need not be
+        inputs = 128 * (6 if split == 2 else 4) - (0 if group_size == 128 else 64)
     q, packed = random_weight(scheme, outputs, inputs, dtype)
     weight = cuda.prepare(packed)
     tiles, units = weight.words.shape[:2]
-    options = cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs)
+    options = cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs, split)
     library = emulated(tmp_path, {**dict(options), "WARPS": 2})
     pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr())
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
-    for blocks in (5, 9) if rows == 2 else (1, 2, 3):
+    for clusters in (5, 9) if rows == 2 else (1, 2, 3):
         y = torch.full((rows + 1, outputs), 7.0).to(dtype)
         library.run_linear(
-            *(blocks, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs),
-            cuda.plan(tiles, units, blocks, rows),
+            *(clusters * split, pointer(x), pointers, pointer(bias), pointer(y), rows, outputs, inputs),
+            cuda.plan(tiles, units, clusters, rows, split),
         )
         check_result(y[:rows], q, x, bias)
         assert (y[rows] == 7).all()
@@ -238,13 +274,18 @@ def test_the_source_multiplies_on_the_cpu(
     assert (dense[outputs] == 7).all()
 
 
-def test_rows_beyond_a_launch_and_other_inputs_find_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_rows_beyond_a_launch_and_other_inputs_find_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: int
+) -> None:
     """What the host does before and between launches, the launches in emulation: chunks of rows, strides, bias."""
     torch.manual_seed(0)
     monkeypatch.setattr(cuda, "WARPS", 2)
-    monkeypatch.setattr(cuda, "_processors", lambda index: 2)
-    monkeypatch.setattr(cuda, "_architecture", lambda index: 80)
+    monkeypatch.setattr(cuda, "SPLITS", {8: 1, 16: 2})
+    monkeypatch.setattr(cuda, "_processors", lambda index: 4)
+    monkeypatch.setattr(cuda, "_architecture", lambda index: architecture)
     libraries: dict[tuple, ctypes.CDLL] = {}
+    launched: set[int] = set()
 
     class Function:
         def __init__(self, name: str, options: tuple[tuple[str, int], ...], index: int) -> None:
@@ -252,7 +293,11 @@ def test_rows_beyond_a_launch_and_other_inputs_find_their_way(tmp_path: Path, mo
                 libraries[options] = emulated(tmp_path, dict(options))
             self.run = getattr(libraries[options], f"run_{name}")
 
-        def launch(self, device: torch.device, blocks: int, threads: int, arguments: list, early: bool = False) -> None:
+        def launch(
+            self, device: torch.device, blocks: int, threads: int, arguments: list, early: bool, cluster: int = 1
+        ) -> None:
+            assert blocks % cluster == 0
+            launched.add(cluster)
             self.run(blocks, *arguments)
 
     monkeypatch.setattr(cuda, "_function", Function)
@@ -264,6 +309,7 @@ def test_rows_beyond_a_launch_and_other_inputs_find_their_way(tmp_path: Path, mo
         assert y.shape == (rows, 72)
         check_result(y, q, x, bias)
     assert {dict(options)["COLUMNS"] for options in libraries} == {8, 16}
+    assert launched == ({1, 2} if architecture >= 90 else {1})
 
 
 def emulated(folder: Path, options: dict[str, int]) -> ctypes.CDLL:
@@ -333,10 +379,11 @@ def test_products_are_those_of_the_dense_weight(
     for rows in (1, 2, 7, 8, 9, 16, 17, 40, 70):
         for outputs, inputs in ((8, 128), (64, 256), (1000, 384), (40, 2176), (4104, 1024), (4608, 128), (38000, 256)):
             check_products(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
-    if group_size == 32:
-        check_products(scheme, 3, 72, 160, dtype, bias=True)
-    if group_size is None:
-        check_products(scheme, 3, 72, 200, dtype, bias=True)
+    for rows in (3, 12):
+        if group_size == 32:
+            check_products(scheme, rows, 72, 160, dtype, bias=True)
+        if group_size is None:
+            check_products(scheme, rows, 72, 200, dtype, bias=True)
 
 
 @GPU

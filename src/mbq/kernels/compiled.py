@@ -100,11 +100,13 @@ class Function:
         threads: int,
         arguments: Sequence[Any],
         early: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Launch on ``device``'s current stream.
 
         arguments  ctypes values, in the kernel's order
         early      let the kernel start before the one before it has ended (it waits itself); compute capability 9.0 on
+        cluster    blocks of a thread block cluster, of which ``blocks`` is a multiple; compute capability 9.0 on
         """
         driver = self._driver
         config = driver.CUlaunchConfig()
@@ -112,11 +114,20 @@ class Function:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self.shared_bytes
         config.hStream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)
+        attributes = []
         if early:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
             attribute.value.programmaticStreamSerializationAllowed = 1
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if cluster > 1:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+            shape = attribute.value.clusterDim
+            shape.x, shape.y, shape.z = cluster, 1, 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         with torch.cuda.device(device):
             _checked(driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0), "cuLaunchKernelEx")

@@ -36,6 +36,7 @@ from mbq.scheme import Scheme
 TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
 LAUNCH_ROWS, PACKED_ROWS = 16, 80  # rows of x that a launch takes; more than the latter go through a dense weight
+SPLITS = {8: 1, 16: 2}  # COLUMNS of decode.cu -> blocks that share tiles, where clusters are to be had and it divides
 
 
 def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -59,8 +60,10 @@ def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype
     if shape[1] % 8:
         return f"it needs a multiple of 8 inputs, not {shape[1]}"
     try:
+        index, (tiles, units) = device.index or 0, (-(-shape[0] // TILE), -(-shape[1] // UNIT))
         for columns in (8, 16):
-            _function("linear", _options(scheme, dtype, columns, shape[1]), device.index or 0)
+            split = split_of(tiles, units, columns, index)
+            _function("linear", _options(scheme, dtype, columns, shape[1], split), index)
     except compiled.CompilationError as error:
         _warn(str(error))
         return str(error)
@@ -154,17 +157,21 @@ def _multiply(
     """Rows ``first`` .. ``first + rows`` of x into those of y; at most LAUNCH_ROWS, since a launch reads all words."""
     (outputs, inputs), (tiles, units) = weight.shape, weight.words.shape[:2]
     index, size = x.device.index or 0, x.element_size()
-    blocks = max(min(_processors(index), tiles), -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
+    columns = 8 if rows <= 8 else 16
+    split = split_of(tiles, units, columns, index)
+    clusters = min(_processors(index) // split, tiles)
+    clusters = max(clusters, -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
     arguments = [
         ctypes.c_void_p(x.data_ptr() + first * inputs * size),
         _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         ctypes.c_void_p(y.data_ptr() + first * outputs * size),
         *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
-        plan(tiles, units, blocks, rows),
+        plan(tiles, units, clusters, rows, split),
     ]
-    function = _function("linear", _options(weight.scheme, x.dtype, 8 if rows <= 8 else 16, inputs), index)
-    function.launch(x.device, blocks, 32 * WARPS, arguments, early=_architecture(index) >= 90)
+    function = _function("linear", _options(weight.scheme, x.dtype, columns, inputs, split), index)
+    early = _architecture(index) >= 90
+    function.launch(x.device, clusters * split, 32 * WARPS, arguments, early, cluster=split)
 
 
 def dense(weight: PackedWeight) -> torch.Tensor:
@@ -190,12 +197,30 @@ class _Plan(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint) for name in ("units", "tiles", "more", "inverse", "log_rows")]
 
 
-def plan(tiles: int, units: int, blocks: int, rows: int) -> _Plan:
-    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for units of 16 tiles of 2 million inputs."""
-    return _Plan(units, tiles // blocks, tiles % blocks, (2**32 // units + 1) % 2**32, (rows - 1).bit_length())
+def plan(tiles: int, units: int, clusters: int, rows: int, split: int = 1) -> _Plan:
+    """What ``decode.cu`` would have to divide for; ``inverse`` is exact for units of 16 tiles of 2 million inputs.
+
+    A cluster is ``split`` blocks, which divide the ``units`` of a tile.
+    """
+    inverse = (2**32 // (units // split) + 1) % 2**32
+    return _Plan(units, tiles // clusters, tiles % clusters, inverse, (rows - 1).bit_length())
 
 
-def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> tuple[tuple[str, int], ...]:
+def split_of(tiles: int, units: int, columns: int, index: int) -> int:
+    """How many blocks share their tiles, so that each reads a part of x.
+
+    One where the GPU has no clusters, where the units cannot be divided, and where there are so many tiles that fewer
+    clusters than blocks would give a warp units of more than two.
+    """
+    split = SPLITS[columns]
+    if split == 1 or _architecture(index) < 90 or units % split:
+        return 1
+    return split if tiles <= _processors(index) // split * WARPS else 1
+
+
+def _options(
+    scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int, split: int = 1
+) -> tuple[tuple[str, int], ...]:
     """The macros of ``decode.cu``."""
     bits = scheme.weights.bits
     return (
@@ -206,6 +231,7 @@ def _options(scheme: Scheme, dtype: torch.dtype, columns: int, inputs: int) -> t
         ("WARPS", WARPS),
         ("DEPTH", 1 if bits == 8 or columns == 16 else 2),
         ("EXACT", int(inputs % UNIT == 0)),
+        ("SPLIT", split),
     )
 
 

@@ -10,6 +10,7 @@
 //   WARPS    warps a block
 //   DEPTH    units a warp has in flight
 //   EXACT    1: inputs are a multiple of 128
+//   SPLIT    1, 2 or 4: blocks that share a tile's inputs; more than 1 from sm_90 on
 //
 // Decode reads every weight once, so time is bytes over bandwidth, unless the instructions that turn codes into floats
 // take longer. Three things keep those few:
@@ -27,6 +28,8 @@
 //
 // A block owns consecutive tiles of 32 rows, its warps equal runs of the tiles' units, which are consecutive in memory.
 // A run meets two tiles at most; partial sums meet in shared memory once, at the end, and are added in a fixed order.
+// A block reads all of x, which with many rows is more than its weights. So SPLIT blocks, a thread block cluster, own the
+// same tiles, and each takes its part of every tile's units and of x. At the end they read each other's partial sums.
 // The weights of the first units are loaded before the previous kernel's end is waited for (programmatic dependent launch).
 // Integer divisions, tens of instructions each in front of the first load, are the host's.
 
@@ -114,6 +117,37 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+
+extern __shared__ float partial[];  // linear's sums: [warp, odd or even tile, row of x, row of the tile]
+
+// That of a block of the cluster. All have to have started, and none may end before the others have read.
+__device__ __forceinline__ const float* partial_of(u32 rank) {
+#if SPLIT > 1
+  const float* there;
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"((const float*)partial), "r"(rank));
+  return there;
+#else
+  return partial;
+#endif
+}
+
+// Until the partial sums of all blocks of the cluster are there.
+__device__ __forceinline__ void wait_for_partial_sums() {
+#if SPLIT > 1
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// Until no block of the cluster reads any more.
+__device__ __forceinline__ void wait_for_readers() {
+#if SPLIT > 1
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
 #endif
 
 // ---- where a pair of codes lies --------------------------------------------------------------------------------------
@@ -178,7 +212,8 @@ struct Unit {
   uint4 sets[SETS];
 };
 
-// Where a lane reads. Units are consecutive, so that what is some units ahead is at a constant offset.
+// Where a lane reads. Units are consecutive, so that what is some units ahead is at a constant offset. Where blocks share
+// tiles, other blocks' units lie between a tile's and the next tile's; the cursor skips them, once, on its way.
 struct Cursor {
   const uint4* words;
   const uint4* sets;
@@ -194,7 +229,7 @@ struct Cursor {
     for (int s = 0; s < SETS; s++) into.sets[s] = __ldg(sets + (GROUP ? ahead * SETS + s : next_tile) * 8);
   }
 
-  __device__ __forceinline__ void advance(int by) {
+  __device__ __forceinline__ void advance(u32 by) {
     words += by * (BITS * 32);
     if (GROUP) sets += by * (SETS * 8);
   }
@@ -242,33 +277,37 @@ template <int set> __device__ __forceinline__ void multiply(float (&y)[2][NT][4]
 
 // How the work is divided; the host knows (mbq/kernels/cuda.py).
 struct Plan {
-  u32 units;              // of 128 inputs, rounded up: of a tile
-  u32 tiles, more;        // of 32 outputs: of a block; the first "more" blocks have one more
-  u32 inverse;            // n / units is the high word of n * inverse, unless units is 1
+  u32 units;              // of 128 inputs, rounded up: of a tile; a multiple of SPLIT
+  u32 tiles, more;        // of 32 outputs: of a cluster of SPLIT blocks; the first "more" clusters have one more
+  u32 inverse;            // n / (units / SPLIT) is the high word of n * inverse, unless the divisor is 1
   u32 log_rows;           // 2^log_rows is rows, rounded up
 };
 
 // x [rows, inputs], y [rows, outputs]. x is no __restrict__: the previous kernel may still write it when this one starts.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
 linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y, u32 rows, u32 outputs, u32 inputs, Plan plan) {
-  extern __shared__ float partial[];  // [warp, odd or even tile, row of x, row of the tile]
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3, units = plan.units;
-  const u32 first_tile = plan.tiles * blockIdx.x + min(blockIdx.x, plan.more), own_tiles = plan.tiles + (blockIdx.x < plan.more);
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const u32 cluster = blockIdx.x / SPLIT, rank = blockIdx.x % SPLIT;
+  const u32 first_tile = plan.tiles * cluster + min(cluster, plan.more), own_tiles = plan.tiles + (cluster < plan.more);
+  const u32 units = plan.units / SPLIT, others = plan.units - units;  // of a tile, this block's and the others'
   const u32 work = own_tiles * units, begin = work * warp / WARPS, end = work * (warp + 1) / WARPS;
   u32 tile = units == 1 ? begin : __umulhi(begin, plan.inverse), k = begin - tile * units;
 
   Unit queue[DEPTH];
-  Cursor cursor(weight, (size_t)first_tile * units + begin, first_tile + tile, lane);
+  Cursor cursor(weight, (size_t)first_tile * plan.units + tile * others + rank * units + begin, first_tile + tile, lane);
   const u32 tile_end = (tile + 1) * units;  // with a scale a row, the next tile's follow from there on
 #pragma unroll
-  for (int d = 0; d < DEPTH; d++)
+  for (int d = 0; d < DEPTH; d++) {
+    if (SPLIT > 1 && begin + d == tile_end) cursor.advance(others);
     if (begin + d < end) cursor.load(queue[d], d, begin + d >= tile_end);
+  }
   cursor.advance(DEPTH);
   wait_for_previous_kernel();
 
   const T* own_x[NT];  // a lane's inputs of the rows that are its columns
 #pragma unroll
-  for (int n = 0; n < NT; n++) own_x[n] = x + (size_t)min(n * 8 + g, rows - 1) * inputs + 8 * t;
+  for (int n = 0; n < NT; n++) own_x[n] = x + (size_t)min(n * 8 + g, rows - 1) * inputs + rank * units * UNIT + 8 * t;
+  const u32 own_inputs = inputs - rank * units * UNIT;  // and those of later blocks
   float sum[2][NT][4] = {};
   auto put_down = [&]() {
 #pragma unroll
@@ -295,7 +334,7 @@ linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y,
 #pragma unroll
         for (int c = 0; c < 4; c++) {
           uint4 v = make_uint4(0, 0, 0, 0);
-          if (EXACT || k * UNIT + 32 * c + 8 * t < inputs) v = *(const uint4*)(own_x[n] + k * UNIT + 32 * c);
+          if (EXACT || k * UNIT + 32 * c + 8 * t < own_inputs) v = *(const uint4*)(own_x[n] + k * UNIT + 32 * c);
           b[n][4 * c] = v.x;
           b[n][4 * c + 1] = v.y;
           b[n][4 * c + 2] = v.z;
@@ -303,6 +342,7 @@ linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y,
         }
       words_of(w, queue[d]);
       multiply<0>(sum, w, queue[d], b, g, t);
+      if (SPLIT > 1 && k + DEPTH == units) cursor.advance(others);
       if (unit + DEPTH < end) cursor.load(queue[d], d, unit + DEPTH >= tile_end);
       if (++k == units) {
         put_down();
@@ -313,20 +353,24 @@ linear(const T* x, Weight weight, const T* __restrict__ bias, T* __restrict__ y,
     cursor.advance(DEPTH);
   }
   if (k && begin < end) put_down();
-  __syncthreads();
+  wait_for_partial_sums();
 
-  // A warp adds up the parts of a tile and a row of x, those of the warps whose runs met the tile.
-  for (u32 i = warp; i < own_tiles << plan.log_rows; i += WARPS) {
+  // A warp adds up the parts of a tile and a row of x, those of the warps whose runs met the tile, the same in all blocks.
+  for (u32 i = rank * WARPS + warp; i < own_tiles << plan.log_rows; i += SPLIT * WARPS) {
     const u32 m = i & ((1u << plan.log_rows) - 1), from = (i >> plan.log_rows) * units, output = (first_tile + (i >> plan.log_rows)) * TILE + lane;
     if (m >= rows) continue;
     float total = bias && output < outputs ? to_float(bias[output]) : 0.f;
 #pragma unroll
     for (u32 other = 0; other < WARPS; other++) {
       const u32 its_begin = work * other / WARPS, its_end = work * (other + 1) / WARPS;
-      if (its_begin < its_end && its_begin < from + units && its_end > from) total += partial[((other * 2 + ((i >> plan.log_rows) & 1)) * rows + m) * TILE + lane];
+      if (its_begin < its_end && its_begin < from + units && its_end > from) {
+#pragma unroll
+        for (u32 block = 0; block < SPLIT; block++) total += partial_of(block)[((other * 2 + ((i >> plan.log_rows) & 1)) * rows + m) * TILE + lane];
+      }
     }
     if (output < outputs) y[(size_t)m * outputs + output] = from_float(total);
   }
+  wait_for_readers();
 }
 
 // The dense weight [outputs, inputs]: scale * (code - zero), rounded once. A warp writes a unit.
