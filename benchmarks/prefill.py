@@ -31,9 +31,9 @@ from mbq import bench
 from mbq.bench import QWEN2_7B, microseconds
 from mbq.kernels import cuda, humming, int8
 from mbq.kernels.int8 import Tiles
-from mbq.kernels.packed import PackedWeight
-from mbq.qtensor import quantize_activations
-from mbq.scheme import SCHEMES, Scheme
+from mbq.kernels.packed import PackedWeight, pack_weight
+from mbq.qtensor import QTensor, quantize_activations
+from mbq.scheme import SCHEMES, ActivationScheme, Scheme
 
 LAYER = QWEN2_7B.shapes
 VISION = {"vision up": (4304, 1152), "vision down": (1152, 4304)}
@@ -92,27 +92,25 @@ def copies_of(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 def random_weight(
     scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype, kernel: Any = int8
-) -> tuple[torch.Tensor, PackedWeight]:
-    """int8 codes over their whole range, and the weight as ``kernel`` prepares it."""
-    from mbq.kernels.packed import pack_weight
-    from mbq.qtensor import QTensor
+) -> tuple[QTensor, PackedWeight]:
+    """int8 codes over their whole range with their scales, and the same as ``kernel`` prepares it."""
 
     half = 2 ** (scheme.weights.bits - 1)
     codes = torch.randint(-half, half, shape, dtype=torch.int8, device="cuda")
     scale = (torch.rand(shape[0], 1, device="cuda") * 0.01 + 0.001).to(dtype)
-    return codes, kernel.prepare(pack_weight(QTensor(codes, scale, None, scheme.weights), scheme))
+    q = QTensor(codes, scale, None, scheme.weights)
+    return q, kernel.prepare(pack_weight(q, scheme))
 
 
 def with_words(weight: PackedWeight, words: torch.Tensor) -> PackedWeight:
     return replace(weight, words=words)
 
 
-def wrong(y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, weight: PackedWeight, roundings: int = 1) -> int:
+def wrong(y: torch.Tensor, x: torch.Tensor, q: QTensor, roundings: int = 1) -> int:
     """How many of the first and last rows' products are further from the exact ones than ``roundings``."""
-    assert weight.scheme.activations is not None
     some = torch.cat([torch.arange(min(len(x), 64)), torch.arange(max(0, len(x) - 64), len(x))]).to(x.device)
-    x_codes, scale = quantize_activations(x[some], weight.scheme.activations)
-    exact = x_codes.double() @ codes.double().T * scale.double() * weight.scale.double().T
+    x_codes, scale = quantize_activations(x[some], ActivationScheme(8))
+    exact = x_codes.double() @ q.codes.double().T * scale.double() * q.scale.double().T
     kind = torch.finfo(y.dtype)
     bound = (roundings * kind.eps / 2 * 1.001 + 1e-6) * exact.abs() + kind.eps * kind.tiny
     return int((~((y[some].double() - exact).abs() <= bound)).sum())
@@ -124,7 +122,7 @@ def wrong(y: torch.Tensor, x: torch.Tensor, codes: torch.Tensor, weight: PackedW
 def compiled_and_checked(name: str, tiles: Tiles, dtype: torch.dtype) -> str | None:
     """None if ``tiles`` compile and are exact, whole and shared; else what is wrong. Fills Triton's cache on disk."""
     outputs, inputs = 2 * tiles.outputs + 16, 3584
-    codes, weight = random_weight(SCHEMES[name], (outputs, inputs), dtype)
+    q, weight = random_weight(SCHEMES[name], (outputs, inputs), dtype)
     count = int8.multiprocessors(torch.device("cuda", 0))
     for processors in (1, count):
         int8.multiprocessors = lambda device, n=processors: n  # type: ignore[assignment]
@@ -132,7 +130,7 @@ def compiled_and_checked(name: str, tiles: Tiles, dtype: torch.dtype) -> str | N
             x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
             y = torch.full((rows, outputs), torch.nan, dtype=dtype, device="cuda")
             int8.products(x, weight, None, y, tiles)
-            bad = wrong(y, x, codes, weight)
+            bad = wrong(y, x, q)
             if bad:
                 return f"{bad} products are wrong with {rows} rows on {processors} multiprocessors"
     return None
@@ -285,24 +283,24 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
             attempt("its dense weight", name, 0, lambda ws=packed: each([lambda w=w: cuda.dense(w) for w in ws]))
             del packed
         for scheme in QUANTIZED:
-            codes, weight = random_weight(SCHEMES[scheme], shape, dtype)
+            q, weight = random_weight(SCHEMES[scheme], shape, dtype)
             weights = [with_words(weight, words) for words in copies_of(weight.words)]
             for rows in args.rows:
                 x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                attempt(scheme, name, rows, lambda x=x, ws=weights, c=codes: linear_time(x, ws, c))
+                attempt(scheme, name, rows, lambda x=x, ws=weights, q=q: linear_time(x, ws, q))
                 if scheme == "W8A8":
                     attempt("quantization", name, rows, lambda x=x: quantization_time(x))
                     attempt("_int_mm", name, rows, lambda x=x, ws=weights: int_mm_time(x, ws))
-            del weights, weight, codes
+            del weights, weight, q
         if "humming" in args.peers:
             if name in LAYER:
-                codes, weight = random_weight(SCHEMES["W4A8"], shape, dtype, humming)
+                q, weight = random_weight(SCHEMES["W4A8"], shape, dtype, humming)
                 weights = [with_words(weight, words) for words in copies_of(weight.words)]
                 for rows in args.rows:
                     x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                    run = lambda x=x, ws=weights, c=codes: linear_time(x, ws, c, humming, roundings=3)  # noqa: E731
+                    run = lambda x=x, ws=weights, q=q: linear_time(x, ws, q, humming, roundings=3)  # noqa: E731
                     attempt("W4A8 by humming", name, rows, run)
-                del weights, weight, codes
+                del weights, weight, q
             for bits in (4, 8):
                 way = f"Humming W{bits}A8"
                 try:
@@ -351,10 +349,10 @@ def with_packed_rows(most: int, x: torch.Tensor, weights: list[PackedWeight]) ->
 
 
 def linear_time(
-    x: torch.Tensor, weights: list[PackedWeight], codes: torch.Tensor, kernel: Any = int8, roundings: int = 1
+    x: torch.Tensor, weights: list[PackedWeight], q: QTensor, kernel: Any = int8, roundings: int = 1
 ) -> float:
     """The whole linear, quantization included, once it was found exact. Raises ValueError if it is not."""
-    bad = wrong(kernel.linear(x, weights[0], None), x, codes, weights[0], roundings)
+    bad = wrong(kernel.linear(x, weights[0], None), x, q, roundings)
     if bad:
         raise ValueError(f"{bad} products are wrong")
     return each([lambda w=w: kernel.linear(x, w, None) for w in weights])  # type: ignore[misc]

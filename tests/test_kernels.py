@@ -209,9 +209,10 @@ def test_a_gpu_without_a_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatc
     ("architecture", "tiles", "units", "columns", "split"),
     [
         (90, 112, 148, 16, 2),
-        (100, 792, 28, 16, 2),
-        (90, 793, 28, 16, 1),  # a warp of the 66th cluster would meet three tiles
-        (90, 112, 27, 16, 1),
+        (100, 792, 64, 16, 2),
+        (90, 793, 64, 16, 1),  # a warp of the 66th cluster would meet three tiles
+        (90, 112, 147, 16, 1),
+        (90, 112, 28, 16, 1),
         (90, 112, 148, 8, 1),
         (89, 112, 148, 16, 1),
     ],
@@ -219,7 +220,6 @@ def test_a_gpu_without_a_compiler_is_told_of_once(monkeypatch: pytest.MonkeyPatc
 def test_blocks_share_tiles_where_they_can(
     monkeypatch: pytest.MonkeyPatch, architecture: int, tiles: int, units: int, columns: int, split: int
 ) -> None:
-    monkeypatch.setattr(cuda, "SPLITS", {8: 1, 16: 2})
     monkeypatch.setattr(cuda, "_architecture", lambda index: architecture)
     monkeypatch.setattr(cuda, "_processors", lambda index: 132)
     assert cuda.split_of(tiles, units, columns, 0) == split
@@ -281,7 +281,7 @@ def test_rows_beyond_a_launch_and_other_inputs_find_their_way(
     """What the host does before and between launches, the launches in emulation: chunks of rows, strides, bias."""
     torch.manual_seed(0)
     monkeypatch.setattr(cuda, "WARPS", 2)
-    monkeypatch.setattr(cuda, "SPLITS", {8: 1, 16: 2})
+    monkeypatch.setattr(cuda, "SPLIT_UNITS", 2)
     monkeypatch.setattr(cuda, "_processors", lambda index: 4)
     monkeypatch.setattr(cuda, "_architecture", lambda index: architecture)
     libraries: dict[tuple, ctypes.CDLL] = {}

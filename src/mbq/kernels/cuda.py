@@ -36,7 +36,7 @@ from mbq.scheme import Scheme
 TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
 LAUNCH_ROWS, PACKED_ROWS = 16, 80  # rows of x that a launch takes; more than the latter go through a dense weight
-SPLITS = {8: 1, 16: 2}  # COLUMNS of decode.cu -> blocks that share tiles, where clusters are to be had and it divides
+SPLIT, SPLIT_UNITS = 2, 50  # blocks that share tiles where x has that many units: 16 rows of it are more than an L1
 
 
 def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -209,13 +209,12 @@ def plan(tiles: int, units: int, clusters: int, rows: int, split: int = 1) -> _P
 def split_of(tiles: int, units: int, columns: int, index: int) -> int:
     """How many blocks share their tiles, so that each reads a part of x.
 
-    One where the GPU has no clusters, where the units cannot be divided, and where there are so many tiles that fewer
-    clusters than blocks would give a warp units of more than two.
+    One where x is small, where the GPU has no clusters, where the units cannot be divided, and where there are so many
+    tiles that fewer clusters than blocks would give a warp units of more than two.
     """
-    split = SPLITS[columns]
-    if split == 1 or _architecture(index) < 90 or units % split:
-        return 1
-    return split if tiles <= _processors(index) // split * WARPS else 1
+    large = columns == 16 and units >= SPLIT_UNITS and units % SPLIT == 0
+    fits = tiles <= _processors(index) // SPLIT * WARPS
+    return SPLIT if large and fits and _architecture(index) >= 90 else 1
 
 
 def _options(

@@ -66,6 +66,14 @@ def _config(shape: tuple[int, int], dtype: torch.dtype, index: int, bias: bool) 
     )
 
 
+@cache
+def _order(outputs: int, device: torch.device) -> torch.Tensor:
+    """[outputs]: which number of a bias stands where in the order of the products."""
+    from humming.transform import transform_humming_bias
+
+    return transform_humming_bias(torch.arange(outputs, device=device))
+
+
 def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, gated: bool = False) -> torch.Tensor:
     """x [..., inputs] to [..., outputs] in x's dtype; ``gated`` as in ``int8.linear``."""
     from humming.forward import humming_forward
@@ -83,7 +91,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, gat
         weight=weight.words,
         weight_scale=weight.scale,
         input_scale=scales[:, None],
-        bias=bias,
+        bias=None if bias is None else bias[_order(len(bias), bias.device)],
         locks=weight.zero_point,
     )
     return y.view(*x.shape[:-1], weight.shape[0])
