@@ -18,6 +18,7 @@ from mbq.errors import MBQError
 
 ALPHAS = tuple(step / 20 for step in range(20))
 POWERS = {"mae": 1, "mse": 2}
+QUARTER = 4  # the part of the candidates that is compared again, on as many times more tokens
 _LEAST_CANDIDATE = 1e-4
 _LEAST_MAXIMUM = 1e-5
 
@@ -91,18 +92,57 @@ def gradient_weights(roles: TokenRoles, language: float, vision: float) -> torch
     return language * roles.language.double() + vision * roles.vision.double()
 
 
-def best_candidate(mean_abs: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor], name: str) -> Choice:
-    """The candidate with the least ``loss(E)``, the first of equals; one that is not finite never wins.
+def best_candidate(
+    mean_abs: torch.Tensor,
+    losses: Callable[[torch.Tensor, int | None], torch.Tensor],
+    name: str,
+    tokens: int | None = None,
+    weighted: int = 0,
+) -> Choice:
+    """The candidate with the least loss, the first of equals; one that is not finite never wins.
+
+    ``losses(E [candidate, channel], count)`` are theirs, on about ``count`` of the ``weighted`` tokens, or on all
+    (None). Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all candidates are compared on ``tokens``,
+    a quarter of them again on four times as many, and so on until one is left or all tokens were looked at. A
+    candidate's loss is that of the last round it was in. ``tokens`` None: one round on everything.
 
     Raises MBQError, with the group's ``name``, where no candidate has a finite loss.
     """
     vectors = candidates(mean_abs)
-    losses = torch.stack([loss(vector) for vector in vectors]).tolist()
-    finite = [index for index, value in enumerate(losses) if math.isfinite(value)]
-    if not finite:
-        raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")
-    best = min(finite, key=losses.__getitem__)
-    return Choice(vectors[best], ALPHAS[best], tuple(losses))
+    found = torch.full((len(vectors),), math.nan, dtype=torch.float64)
+    alive, count = list(range(len(vectors))), tokens if tokens is not None and tokens < weighted else None
+    while True:
+        found[alive] = losses(vectors[alive], count).double().cpu()
+        alive = sorted((index for index in alive if math.isfinite(found[index])), key=found.tolist().__getitem__)
+        if not alive:
+            raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")
+        stay = -(-len(alive) // QUARTER)
+        if count is None or stay < 2:
+            break
+        alive, count = sorted(alive[:stay]), QUARTER * count if QUARTER * count < weighted else None
+    best = alive[0]
+    return Choice(vectors[best], ALPHAS[best], tuple(found.tolist()))
+
+
+def drawn(weights: torch.Tensor, count: int) -> torch.Tensor:
+    """``weights`` [unit] with all but about ``count`` set to 0, so that weighted sums stay what they are on average.
+
+    A unit is drawn with a probability in proportion to its weight (at most 1) and weighs the inverse of that more.
+    Systematic sampling (Madow 1949): evenly over the units' order, and always the same units.
+    """
+    weights = weights.double()
+    if count >= int((weights > 0).sum()):
+        return weights
+    certain = torch.zeros_like(weights, dtype=torch.bool)
+    while True:
+        rest = weights.masked_fill(certain, 0)
+        chance = (count - int(certain.sum())) * rest / rest.sum()
+        if not bool((chance >= 1).any()):
+            break
+        certain |= chance >= 1
+    steps = chance.cumsum(0)
+    hit = (steps + 0.5).floor() > (steps - chance + 0.5).floor()
+    return torch.where(hit, weights / chance, 0.0).where(~certain, weights)
 
 
 def smoothquant_vector(max_abs: torch.Tensor, weights: Sequence[torch.Tensor], alpha: float) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +12,14 @@ from torch import nn
 
 from mbq.architecture import LinearGroup
 from mbq.blocks import Call, GroupTrace, device_of, run_with
-from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, shared_mean, token_loss
+from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, drawn, shared_mean, token_loss
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import Scheme
 
 # Tokens that go through an MLP or linear at once: bounds the memory of its intermediate activations.
 _TOKENS_AT_ONCE = 8192
+# Bytes of inputs of an attention for which it is called once for several candidates: small calls cost their launches.
+_AT_ONCE = 2**26
 
 
 @dataclass(frozen=True)
@@ -62,27 +66,53 @@ class Group:
         """Maximum of |X| over the counted tokens, [channel]."""
         return torch.stack([x.float().abs().amax(0) for x in self._counted()]).amax(0)
 
-    def search(self, token_weights: torch.Tensor, norm: str) -> Choice:
-        """The candidate with the least loss, under the weights [token] of the whole calibration set's tokens."""
-        pieces = self._pieces(token_weights)
-        mean_abs = self.mean_abs().to(device_of(self.module))
-        return best_candidate(mean_abs, lambda vector: self._loss(vector, pieces, POWERS[norm]), self.name)
+    def search(self, token_weights: torch.Tensor, norm: str, tokens: int | None = None) -> Choice:
+        """The candidate with the least loss, under the weights [token] of the whole calibration set's tokens.
 
-    def _loss(self, vector: torch.Tensor, pieces: Sequence[_Piece], power: int) -> torch.Tensor:
-        """Weighted error of the inspected module's output, the group quantized under E: Q_w(W E) Q_a(E^-1 X)."""
-        weights = {name: self._candidate(weight, vector) for name, weight in self.weights.items()}
-        total = torch.zeros((), dtype=torch.float64, device=vector.device)
+        tokens  that a first comparison of all candidates looks at (``best_candidate``); None: every comparison, at all
+        """
+
+        def losses(vectors: torch.Tensor, count: int | None) -> torch.Tensor:
+            pieces = self._pieces(token_weights if count is None else self._drawn(token_weights, count))
+            several = 1 if self._token_wise() else max(1, _AT_ONCE // max(piece.x.nbytes for piece in pieces))
+            return torch.cat([self._losses(some, pieces, POWERS[norm]) for some in vectors.split(several)])
+
+        return best_candidate(self.mean_abs(), losses, self.name, tokens, int((token_weights > 0).sum()))
+
+    def _drawn(self, token_weights: torch.Tensor, count: int) -> torch.Tensor:
+        """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""
+        if self._token_wise():
+            return drawn(token_weights, count)
+        batches = self._split(token_weights)
+        whole = torch.stack([weights.double().sum() for weights in batches])
+        share = count / int((token_weights > 0).sum())
+        kept = drawn(whole, math.ceil(share * len(batches)))
+        return torch.cat([w * (new / old if old else 0) for w, new, old in zip(batches, kept, whole, strict=True)])
+
+    def _losses(self, vectors: torch.Tensor, pieces: Sequence[_Piece], power: int) -> torch.Tensor:
+        """Weighted error of the inspected module's output, the group quantized under E: Q_w(W E) Q_a(E^-1 X).
+
+        vectors [candidate, channel]; [candidate]. Several are one call of the module, which then works on all at once.
+        """
+        each = [{name: self._candidate(weight, vector) for name, weight in self.weights.items()} for vector in vectors]
+        weights = {name: torch.stack([one[name] for one in each]) for name in self.weights}
+        total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
         for piece in pieces:
-            read = None
-            if self.scheme.activations is not None:
-                equalized = (piece.x.to(vector.device).float() / vector).to(piece.x.dtype)
-                quantized = fake_quantize_activations(equalized, self.scheme.activations)
-                read = lambda _, quantized=quantized: quantized  # noqa: E731
-            output = run_with(self.module, piece.call, weights, read).flatten(0, -2)
-            if piece.tokens is not None:
-                output = output[piece.tokens]
-            total += token_loss(piece.target.to(vector.device), output, piece.weights, power)
+            x, target = piece.x.to(vectors.device), piece.target.to(vectors.device)
+            read = self._equalized(x, vectors)
+            call = piece.call.to(vectors.device)
+            for index, output in enumerate(_outputs(self.module, call, weights, read)):
+                output = output.flatten(0, -2)
+                kept = output if piece.tokens is None else output[piece.tokens]
+                total[index] += token_loss(target, kept, piece.weights, power)
         return total
+
+    def _equalized(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor | None:
+        """Q_a(E^-1 X) of every candidate, [candidate, ..., channel]; None where activations stay in 16 bits."""
+        if self.scheme.activations is None:
+            return None
+        divided = [(x.float() / vector).to(x.dtype) for vector in vectors]
+        return torch.stack([fake_quantize_activations(each, self.scheme.activations) for each in divided])
 
     def _candidate(self, weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
         """What a linear multiplies with: Q(W E), over E again where X is not divided by it (16-bit activations)."""
@@ -92,7 +122,7 @@ class Group:
         return (quantized.float() / vector).to(weight.dtype)
 
     def _pieces(self, token_weights: torch.Tensor) -> list[_Piece]:
-        """The work of one evaluation. A token that weighs nothing is left out where no other token can see it."""
+        """The work of one comparison. A token that weighs nothing is left out where no other token can see it."""
         device = device_of(self.module)
         if self._token_wise():
             keep = token_weights.nonzero().flatten()
@@ -104,16 +134,18 @@ class Group:
             self.seen.inputs, self.seen.calls, self.targets, self._split(token_weights), strict=True
         ):
             keep = w.nonzero().flatten()
-            pieces.append(_Piece(call, x, _rows([y], keep), w[keep].to(device), keep.to(device)))
+            if len(keep):
+                pieces.append(_Piece(call, x, _rows([y], keep), w[keep].to(device), keep.to(device)))
         return pieces
 
     def _token_wise(self) -> bool:
         """Whether the inspected module treats each token alone: one linear, or the MLP."""
         return self.group.inspect in self.group.linears or (self.group.inspect != "" and self.group.part == "mlp")
 
-    def _counted(self) -> list[torch.Tensor]:
-        pairs = zip(self.seen.inputs, self._split(self.roles.counted), strict=True)
-        return [_rows([x], counted.nonzero().flatten()) for x, counted in pairs]
+    def _counted(self) -> Iterator[torch.Tensor]:
+        """[token, channel] a batch, on the module's device: what is kept elsewhere must give the same numbers."""
+        for x, counted in zip(self.seen.inputs, self._split(self.roles.counted), strict=True):
+            yield _rows([x], counted.nonzero().flatten()).to(device_of(self.module))
 
     def _split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return values.split([x.shape[:-1].numel() for x in self.seen.inputs])
@@ -131,6 +163,27 @@ class _Piece:
 
 
 def _rows(batches: Sequence[torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
-    """[token, channel]: the tokens ``keep`` of all batches, counted through from the first."""
-    flat = torch.cat([batch.flatten(0, -2) for batch in batches])
-    return flat[keep.to(flat.device)]
+    """[token, channel]: the tokens ``keep`` of all batches, in order and counted through from the first."""
+    rows, start = [], 0
+    for batch in batches:
+        flat = batch.flatten(0, -2)
+        own = keep[(keep >= start) & (keep < start + len(flat))] - start
+        rows.append(flat if len(own) == len(flat) else flat[own.to(flat.device)])
+        start += len(flat)
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+
+def _outputs(
+    module: nn.Module, call: Call, weights: Mapping[str, torch.Tensor], read: torch.Tensor | None
+) -> Iterable[torch.Tensor]:
+    """The module's output with each candidate's ``weights`` [candidate, out, in] and what its linears then read."""
+
+    def one(weights: Mapping[str, torch.Tensor], read: torch.Tensor | None) -> torch.Tensor:
+        return run_with(module, call, weights, None if read is None else lambda _: read)
+
+    several = len(next(iter(weights.values())))
+    if several == 1:
+        return [one({name: weight[0] for name, weight in weights.items()}, None if read is None else read[0])]
+    with warnings.catch_warnings():  # an attention kernel that takes one candidate after the other is no news
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return torch.vmap(one, in_dims=(0, None if read is None else 0))(weights, read)

@@ -306,6 +306,7 @@ def _equalize(
         gqa_fold=recipe.gqa_fold,
         distorted_input=recipe.distorted_input,
         parity=recipe.parity,
+        tokens=None if recipe.parity else recipe.search_tokens or None,
     )
     scheme = recipe.numbers
     search = equalize_model(

@@ -49,6 +49,8 @@ class Recipe:
     gqa_fold                 fold o_proj's vector into v_proj under grouped-query attention too
     distorted_input          the search sees the quantized blocks' output, not the float model's
     parity                   reproduce the released search choice by choice
+    search_tokens            on which all candidates are compared; the best of them again on more (successive halving).
+                             0 compares all candidates on all tokens, as parity does
     vision_tower             scheme of the vision tower, or None to keep it in 16 bits
     max_shard_size           of a safetensors file: a number and KB, MB, GB or TB
     device, dtype            of the float model; "auto" is the GPU if there is one, and the folder's dtype
@@ -79,6 +81,7 @@ class Recipe:
     gqa_fold: bool = False
     distorted_input: bool = False
     parity: bool = False
+    search_tokens: int = _at_least(0, 512)
     vision_tower: str | None = _one_of(None, None, "W8A8", "W4A8")
     max_shard_size: str = "5GB"
     device: str = "auto"

@@ -12,7 +12,7 @@ from mbq.qtensor import quantize
 
 
 def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    return group.search(uniform_weights(group.roles), options.norm)
+    return group.search(uniform_weights(group.roles), options.norm, options.tokens)
 
 
 AWQ = Method("awq", equalize, round=quantize)

@@ -9,7 +9,7 @@ from mbq.qtensor import quantize
 
 
 def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    return group.search(fixed_weights(group.roles, options.vision_weight), options.norm)
+    return group.search(fixed_weights(group.roles, options.vision_weight), options.norm, options.tokens)
 
 
 FIXED = Method("fixed", equalize, round=quantize)

@@ -16,7 +16,7 @@ from mbq.qtensor import quantize
 
 
 def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    return group.search(token_weights(group, options.objective, options.norm), options.norm)
+    return group.search(token_weights(group, options.objective, options.norm), options.norm, options.tokens)
 
 
 def token_weights(group: Group, objective: str, norm: str) -> torch.Tensor:

@@ -27,6 +27,7 @@ class SearchOptions:
     distorted_input  a block reads what the quantized blocks before it give; the targets stay the float model's outputs
     parity           the released search choice by choice: padding counts in statistics and in awq's loss, and the
                      answer tokens themselves are the language positions (the batches leave the end of turn out)
+    tokens           that the first comparison of all candidates looks at; None: every comparison looks at all
     """
 
     norm: str = "mae"
@@ -37,6 +38,7 @@ class SearchOptions:
     gqa_fold: bool = False
     distorted_input: bool = False
     parity: bool = False
+    tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.norm not in POWERS:
