@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from mbq import ranks
 from mbq.errors import MBQError
 
 ALPHAS = tuple(step / 20 for step in range(20))
@@ -38,11 +39,13 @@ class TokenRoles:
     vision    vision tokens
     language  positions that count as language
     counted   tokens that statistics and uniform weights see: all but padding, in the parity mode padding too
+    own       those that went through this process's model
     """
 
     vision: torch.Tensor
     language: torch.Tensor
     counted: torch.Tensor
+    own: slice = field(default_factory=lambda: slice(None))
 
 
 def candidates(mean_abs: torch.Tensor) -> torch.Tensor:
@@ -97,7 +100,7 @@ def best_candidate(mean_abs: torch.Tensor, loss: Callable[[torch.Tensor], torch.
     Raises MBQError, with the group's ``name``, where no candidate has a finite loss.
     """
     vectors = candidates(mean_abs)
-    losses = torch.stack([loss(vector) for vector in vectors]).tolist()
+    losses = ranks.total(torch.stack([loss(vector) for vector in vectors])).tolist()
     finite = [index for index, value in enumerate(losses) if math.isfinite(value)]
     if not finite:
         raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")

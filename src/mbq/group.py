@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mbq import ranks
 from mbq.architecture import LinearGroup
 from mbq.blocks import Call, GroupTrace, device_of, run_with
 from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, shared_mean, token_loss
@@ -55,16 +56,16 @@ class Group:
 
     def mean_abs(self) -> torch.Tensor:
         """Mean of |X| over the counted tokens, [channel]; the same for channels that come from one row."""
-        total = torch.stack([x.float().abs().sum(0) for x in self._counted()]).double().sum(0)
+        total = ranks.total(torch.stack([x.float().abs().sum(0) for x in self._counted()]).double().sum(0))
         return shared_mean(total / int(self.roles.counted.sum()), self.sources).float()
 
     def max_abs(self) -> torch.Tensor:
         """Maximum of |X| over the counted tokens, [channel]."""
-        return torch.stack([x.float().abs().amax(0) for x in self._counted()]).amax(0)
+        return ranks.largest(torch.stack([x.float().abs().amax(0) for x in self._counted()]).amax(0))
 
     def search(self, token_weights: torch.Tensor, norm: str) -> Choice:
         """The candidate with the least loss, under the weights [token] of the whole calibration set's tokens."""
-        pieces = self._pieces(token_weights)
+        pieces = self._pieces(token_weights[self.roles.own])
         mean_abs = self.mean_abs().to(device_of(self.module))
         return best_candidate(mean_abs, lambda vector: self._loss(vector, pieces, POWERS[norm]), self.name)
 
@@ -112,7 +113,7 @@ class Group:
         return self.group.inspect in self.group.linears or (self.group.inspect != "" and self.group.part == "mlp")
 
     def _counted(self) -> list[torch.Tensor]:
-        pairs = zip(self.seen.inputs, self._split(self.roles.counted), strict=True)
+        pairs = zip(self.seen.inputs, self._split(self.roles.counted[self.roles.own]), strict=True)
         return [_rows([x], counted.nonzero().flatten()) for x, counted in pairs]
 
     def _split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
