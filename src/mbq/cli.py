@@ -61,10 +61,11 @@ def main() -> None:
 
 def _terminated(*_: Any) -> None:
     """A terminated run removes its unfinished folder as an interrupted one does."""
-    if ranks.count() == 1:
-        sys.exit(128 + signal.SIGTERM)
-    if sys.exc_info()[0] is None:  # else it is ending already, for a reason that torchrun's signal must not hide
+    if ranks.count() > 1 and sys.exc_info()[0] is not None:
+        return  # it is ending already, for a reason that torchrun's signal must not hide
+    if ranks.met():
         raise ranks.LostRank
+    sys.exit(128 + signal.SIGTERM)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -113,7 +114,7 @@ def _fail(sentence: str, status: int) -> None:
 
 
 def _set_up_logging(verbose: int) -> None:
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or ranks.rank() > 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)

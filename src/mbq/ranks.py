@@ -24,7 +24,8 @@ Value = TypeVar("Value")
 TIMEOUT = timedelta(hours=1)
 
 _meetings = itertools.count()
-_store: Any = None  # what torchrun keeps for all; it outlives any process of the run
+_met = False
+_claimed: bool | None = None  # whether this process was the first to fail; None where it did not fail
 
 
 class LostRank(MBQError):
@@ -56,17 +57,29 @@ def joined() -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    global _store
+    global _met, _claimed
+    _claimed = None
     try:
-        _store = dist.PrefixStore(f"mbq {next(_meetings)}", next(dist.rendezvous("env://"))[0])
-        dist.init_process_group("gloo", store=_store, rank=rank(), world_size=count(), timeout=TIMEOUT)
+        # torchrun keeps the store, which outlives the processes.
+        store = dist.PrefixStore(f"mbq {next(_meetings)}", next(dist.rendezvous("env://"))[0])
+        dist.init_process_group("gloo", store=store, rank=rank(), world_size=count(), timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         said = " ".join(str(error).split())
         raise MBQError(f"The {count()} processes of this run do not meet ({said}); start them by torchrun.") from error
+    _met = True
     try:
         yield
+    except BaseException:
+        _claimed = _first_to_fail(store)  # before the others feel that this process leaves
+        raise
     finally:
+        _met = False
         dist.destroy_process_group()
+
+
+def met() -> bool:
+    """Whether others wait for what this process has."""
+    return _met
 
 
 def own_device(device: str) -> str:
@@ -125,13 +138,13 @@ def agree(own: Mapping[str, Any]) -> None:
 
 
 def tells() -> bool:
-    """Whether this process tells the user why the run ends: the first that asks. Each may ask once."""
-    if count() == 1:
-        return True
-    if _store is None:  # before they met: options, which are wrong for all
-        return rank() == 0
+    """Whether this process tells the user why the run ends: the first that failed, rank 0 where all fail alike."""
+    return rank() == 0 if _claimed is None else _claimed
+
+
+def _first_to_fail(store: Any) -> bool:
     try:
-        return _store.add("told", 1) == 1
+        return store.add("failed", 1) == 1
     except RuntimeError:  # the store is gone: better told twice than not at all
         return True
 
