@@ -78,12 +78,25 @@ def command(default: list[str], tmp_path: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wanted(default: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+def alone(default: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder that one process writes with some options, made once."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def folder(*options: str) -> Path:
+        if options not in made:
+            home = tmp_path_factory.mktemp("alone")
+            (ended,) = run(1, [*default, *options, "--output", str(home / "out")], home)
+            assert ended.status == 0, ended.err
+            made[options] = home / "out"
+        return made[options]
+
+    return folder
+
+
+@pytest.fixture
+def wanted(alone: Callable[..., Path]) -> str:
     """The hash of what one process makes of ``command``."""
-    folder = tmp_path_factory.mktemp("wanted")
-    (ended,) = run(1, [*default, "--group-size", "32", "--output", str(folder / "out")], folder)
-    assert ended.status == 0, ended.err
-    return weights(folder / "out")
+    return weights(alone("--group-size", "32"))
 
 
 def run(count: int, arguments: list[str], folder: Path, prepare: Callable[[int], None] | None = None) -> list[Ended]:
@@ -162,10 +175,10 @@ def losses(folder: Path) -> list[float]:
         (2, ("--scheme", "W4A8", "--method", "smoothquant", "--vision-tower", "W8A8", "--batch-size", "2")),
     ],
 )
-def test_the_same_as_one_process(count: int, options: tuple[str, ...], default: list[str], tmp_path: Path) -> None:
-    wanted, made = tmp_path / "wanted", tmp_path / "made"
-    (ended,) = run(1, [*default, *options, "--output", str(wanted)], tmp_path)
-    assert ended.status == 0, ended.err
+def test_the_same_as_one_process(
+    count: int, options: tuple[str, ...], default: list[str], alone: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted, made = alone(*options), tmp_path / "made"
     first, *others = run(count, [*default, *options, "--output", str(made)], tmp_path)
     assert first.status == 0, first.err
     assert f"Wrote {made}" in first.out
@@ -186,13 +199,12 @@ def assert_equal_sensitivity(made: Path, wanted: Path) -> None:
             assert found[side][part] == pytest.approx(expected[side][part], rel=1e-6)
 
 
-def test_sensitivity(model: Path, data: list[str], tmp_path: Path) -> None:
+def test_sensitivity(model: Path, data: list[str], alone: Callable[..., Path], tmp_path: Path) -> None:
     command = ["sensitivity", str(model), *data, "--num-calibration-samples", SAMPLES]
-    run(1, [*command, "--output", str(tmp_path / "wanted")], tmp_path)
     first, *others = run(3, [*command, "--output", str(tmp_path / "made")], tmp_path)
     assert "Wrote" in first.out
     assert all((each.status, each.out, each.err) == (0, "", "") for each in others)
-    assert_equal_sensitivity(tmp_path / "made", tmp_path / "wanted")
+    assert_equal_sensitivity(tmp_path / "made", alone("--group-size", "32"))
 
 
 @pytest.mark.parametrize("dead", [0, 2])

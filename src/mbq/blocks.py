@@ -123,14 +123,14 @@ def placed(binding: Binding, index: int, changes: bool = False) -> Iterator[nn.M
     """
     block, device = binding.blocks[index], device_of(binding.model)
     waiting = device_of(block).type == "cpu" and device.type != "cpu"
-    before = [] if changes or not waiting else [(each, each.data) for each in block.parameters()]
+    before = {} if changes or not waiting else {name: each.data for name, each in block.named_parameters()}
     if waiting:
         block.to(device)
     try:
         yield block
     finally:
-        for parameter, data in before:
-            parameter.data = data
+        for name, data in before.items():
+            block.get_parameter(name).data = data
         if waiting:
             block.to("cpu")
 
