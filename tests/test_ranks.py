@@ -113,6 +113,8 @@ def run(count: int, arguments: list[str], folder: Path, prepare: Callable[[int],
     statuses: dict[int, int] = {}
     while len(statuses) < count:
         child, status = os.wait()
+        if child not in children:
+            continue
         statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
         for other in children if status else ():
             os.kill(other, signal.SIGTERM)
@@ -126,6 +128,7 @@ def _start(
     child = os.fork()
     if child:
         return child
+    signal.alarm(180)  # ends it where it hangs
     try:
         for descriptor, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}-{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), descriptor)
@@ -268,6 +271,18 @@ def test_an_error_on_one_rank_is_told_once(
     )
     assert [each.told() for each in ended] == [[told] if rank == failing else [] for rank in range(3)]
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_of_all_is_told_once(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(index: int) -> None:
+        if index == 1:
+            raise KeyboardInterrupt
+
+    before_each_block(interrupt, monkeypatch)
+    ended = run(3, command, tmp_path)
+    kept = f"what is done is kept in {tmp_path}/out.unfinished: --resume goes on with it."
+    assert [line for each in ended for line in each.told()] == [f"mbq: Interrupted; {kept}"]
+    assert all("Traceback" not in each.err for each in ended)
 
 
 def test_what_is_wrong_everywhere_is_told_once(command: list[str], tmp_path: Path) -> None:
