@@ -30,7 +30,8 @@ from transformers.utils.logging import disable_progress_bar
 from mbq import cli, pipeline, ranks
 from mbq.calibration import CalibrationBatch
 from mbq.errors import MBQError
-from mbq.search import _Search
+from mbq.loading import load_model
+from mbq.search import _Search, token_roles
 from tests import tiny
 from tests.conftest import ANSWERS, row, write_rows
 
@@ -333,8 +334,6 @@ def test_every_batch_has_one_rank(count: int, batches: int, monkeypatch: pytest.
 
 
 def test_own_tokens_are_those_of_the_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mbq.search import token_roles
-
     def batch(tokens: int) -> CalibrationBatch:
         ids = torch.full((1, tokens), tokens)
         return CalibrationBatch({"attention_mask": ids > 0}, ids, ids < 0)
@@ -344,6 +343,19 @@ def test_own_tokens_are_those_of_the_own_batches(monkeypatch: pytest.MonkeyPatch
     roles = token_roles([batch(tokens) for tokens in (3, 5, 2, 4)])
     assert roles.own == slice(8, 14)
     assert len(roles.counted) == 14
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("family", tiny.ALL_FAMILY_NAMES)
+def test_weights_are_views_of_the_file(family: str, float_folder: Callable[[str], Path]) -> None:
+    """So that all processes of a host share one copy of them, the system's."""
+    folder = float_folder(family)
+    parameters = list(load_model(folder, trust_remote_code=True).parameters())
+    mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
+    regions = [[int(each, 16) for each in region.split("-")] for region in mapped]
+    assert len(parameters) > 20
+    for each in parameters:
+        assert any(start <= each.data_ptr() and each.data_ptr() + each.nbytes <= end for start, end in regions)
 
 
 def test_a_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
