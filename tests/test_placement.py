@@ -116,6 +116,24 @@ def test_a_forward_of_the_instances_own_comes_back() -> None:
 
 @pytest.mark.gpu
 @GPU
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_block_that_waits_comes_back_as_the_same_memory_or_changed(changes: bool) -> None:
+    binding, _ = calibrated("internvl")
+    place(binding, torch.device("cuda"), "blocks")
+    before = [(each.data_ptr(), each.sum().item()) for each in binding.blocks[1].parameters()]
+    with placed(binding, 1, changes) as block, torch.no_grad():
+        for each in block.parameters():
+            assert each.device.type == "cuda"
+            each.mul_(2)
+    after = [(each.data_ptr(), each.sum().item()) for each in binding.blocks[1].parameters()]
+    if changes:
+        assert [total for _, total in after] == pytest.approx([2 * total for _, total in before])
+    else:
+        assert after == before
+
+
+@pytest.mark.gpu
+@GPU
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_one_block_on_the_gpu_chooses_as_the_whole_model_does(
     family: str, float_folder: Callable[[str], Path], calibration: Path

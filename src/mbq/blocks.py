@@ -115,15 +115,22 @@ def passing(binding: Binding, states: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 @contextmanager
-def placed(binding: Binding, index: int) -> Iterator[nn.Module]:
-    """A block, on the model's device for as long as this lasts, if it waits on the CPU; then its weights go back."""
+def placed(binding: Binding, index: int, changes: bool = False) -> Iterator[nn.Module]:
+    """A block, on the model's device for as long as this lasts, if it waits on the CPU; then its weights go back.
+
+    changes  what they have become there is kept. Else they are again what they were: views of the mapped file, which
+             all processes of a host share, where a copy would be the process's own
+    """
     block, device = binding.blocks[index], device_of(binding.model)
     waiting = device_of(block).type == "cpu" and device.type != "cpu"
+    before = {} if changes or not waiting else {name: each.data for name, each in block.named_parameters()}
     if waiting:
         block.to(device)
     try:
         yield block
     finally:
+        for name, data in before.items():
+            block.get_parameter(name).data = data
         if waiting:
             block.to("cpu")
 

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from mbq import ranks
 from mbq.errors import MBQError, MBQWarning
 from mbq.progress import shown
 from mbq.recipe import Recipe
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 DEFAULT = Recipe()
+SHARED = ("quantize_command", "sensitivity_command")  # by torchrun's processes; the others are rank 0's alone
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's folder or its id on the Hugging Face hub.")
@@ -53,9 +55,17 @@ Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log s
 
 def main() -> None:
     """The entry point of the ``mbq`` command."""
-    # A terminated run removes its unfinished folder as an interrupted one does.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _terminated)
     app()
+
+
+def _terminated(*_: Any) -> None:
+    """A terminated run removes its unfinished folder as an interrupted one does."""
+    if ranks.count() > 1 and sys.exc_info()[0] is not None:
+        return  # it is ending already, for a reason that torchrun's signal must not hide
+    if ranks.met():
+        raise ranks.LostRank
+    sys.exit(128 + signal.SIGTERM)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,6 +73,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        if function.__name__ not in SHARED:
+            if ranks.rank() > 0:
+                return
+            os.environ.pop("WORLD_SIZE", None)  # rank 0 works as if alone
         verbose = kwargs.get("verbose", 0)
         _set_up_logging(verbose)
         try:
@@ -92,12 +106,15 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _fail(sentence: str, status: int) -> None:
-    typer.echo(f"mbq: {sentence}", err=True)
+    if ranks.tells():
+        typer.echo(f"mbq: {sentence}", err=True)
+    if ranks.count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends those that are left, this one has ended
     raise typer.Exit(status)
 
 
 def _set_up_logging(verbose: int) -> None:
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or ranks.rank() > 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
@@ -107,6 +124,8 @@ def _set_up_logging(verbose: int) -> None:
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", MBQWarning)
     warnings.showwarning = lambda message, *rest: typer.echo(f"mbq: {message}", err=True)
+    if ranks.rank() > 0:
+        warnings.simplefilter("ignore")
 
 
 def _errors() -> Console:
@@ -165,7 +184,8 @@ def quantize_command(
 
     with shown(_errors()) as progress:
         result = quantize(model, output=output, resume=resume, progress=progress, **options)
-    typer.echo(str(result))
+    if ranks.rank() == 0:
+        typer.echo(str(result))
 
 
 @command
@@ -249,6 +269,8 @@ def sensitivity_command(
         check_new(output)
     with shown(_errors()) as progress:
         measured = measure_sensitivity(model, progress=progress, **options)
+    if ranks.rank() > 0:
+        return
     Console().print(sensitivity_table(measured))
     if output is not None:
         with new_folder(output) as folder:

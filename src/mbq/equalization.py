@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from mbq import ranks
 from mbq.errors import MBQError
 
 ALPHAS = tuple(step / 20 for step in range(20))
@@ -39,11 +40,15 @@ class TokenRoles:
     vision    vision tokens
     language  positions that count as language
     counted   tokens that statistics and uniform weights see: all but padding, in the parity mode padding too
+    own       those that went through this process's model
+    lengths   tokens of each batch
     """
 
     vision: torch.Tensor
     language: torch.Tensor
     counted: torch.Tensor
+    own: slice = field(default_factory=lambda: slice(None))
+    lengths: tuple[int, ...] = ()
 
 
 def candidates(mean_abs: torch.Tensor) -> torch.Tensor:
@@ -112,7 +117,7 @@ def best_candidate(
     found = torch.full((len(vectors),), math.nan, dtype=torch.float64)
     alive, count = list(range(len(vectors))), tokens if tokens is not None and tokens < weighted else None
     while True:
-        found[alive] = losses(vectors[alive], count).double().cpu()
+        found[alive] = ranks.total(losses(vectors[alive], count).double()).cpu()
         alive = sorted((index for index in alive if math.isfinite(found[index])), key=found.tolist().__getitem__)
         if not alive:
             raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mbq import ranks
 from mbq.architecture import LinearGroup
 from mbq.blocks import Call, GroupTrace, device_of, run_with
 from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, drawn, shared_mean, token_loss
@@ -59,12 +60,12 @@ class Group:
 
     def mean_abs(self) -> torch.Tensor:
         """Mean of |X| over the counted tokens, [channel]; the same for channels that come from one row."""
-        total = torch.stack([x.float().abs().sum(0) for x in self._counted()]).double().sum(0)
+        total = ranks.total(torch.stack([x.float().abs().sum(0) for x in self._counted()]).double().sum(0))
         return shared_mean(total / int(self.roles.counted.sum()), self.sources).float()
 
     def max_abs(self) -> torch.Tensor:
         """Maximum of |X| over the counted tokens, [channel]."""
-        return torch.stack([x.float().abs().amax(0) for x in self._counted()]).amax(0)
+        return ranks.largest(torch.stack([x.float().abs().amax(0) for x in self._counted()]).amax(0))
 
     def search(self, token_weights: torch.Tensor, norm: str, tokens: int | None = None) -> Choice:
         """The candidate with the least loss, under the weights [token] of the whole calibration set's tokens.
@@ -73,17 +74,20 @@ class Group:
         """
 
         def losses(vectors: torch.Tensor, count: int | None) -> torch.Tensor:
-            pieces = self._pieces(token_weights if count is None else self._drawn(token_weights, count))
-            several = 1 if self._token_wise() else max(1, _AT_ONCE // max(piece.x.nbytes for piece in pieces))
+            weights = token_weights if count is None else self._drawn(token_weights, count)
+            pieces = self._pieces(weights[self.roles.own])
+            largest = max((piece.x.nbytes for piece in pieces), default=1)
+            several = 1 if self._token_wise() else max(1, _AT_ONCE // largest)
             return torch.cat([self._losses(some, pieces, POWERS[norm]) for some in vectors.split(several)])
 
-        return best_candidate(self.mean_abs(), losses, self.name, tokens, int((token_weights > 0).sum()))
+        weighted = int((token_weights > 0).sum())
+        return best_candidate(self.mean_abs().to(device_of(self.module)), losses, self.name, tokens, weighted)
 
     def _drawn(self, token_weights: torch.Tensor, count: int) -> torch.Tensor:
         """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""
         if self._token_wise():
             return drawn(token_weights, count)
-        batches = self._split(token_weights)
+        batches = token_weights.split(self.roles.lengths)
         whole = torch.stack([weights.double().sum() for weights in batches])
         share = count / int((token_weights > 0).sum())
         kept = drawn(whole, math.ceil(share * len(batches)))

@@ -13,12 +13,13 @@ from typing import Any, cast
 
 from torch import nn
 
+from mbq import ranks
 from mbq.architecture import Binding, bind
 from mbq.blocks import device_of
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.checkpoint.folder import check_new, check_space
-from mbq.checkpoint.state import RunState, files_hash, run_state
+from mbq.checkpoint.state import RunState, files_hash, kept_by_rank_0, run_state
 from mbq.errors import MBQError
 from mbq.finished import FinishedBlocks, linear_of
 from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
@@ -52,6 +53,8 @@ class QuantizationResult:
     search       a row a group: the chosen alpha and the loss at every alpha
     seconds      of each step, by its name
     bytes_before, bytes_after  of the model's parameters, float and quantized
+
+    Under torchrun every rank gets one, but only rank 0's has the model: it alone packs and writes.
     """
 
     model: Any = field(repr=False)
@@ -70,6 +73,7 @@ class QuantizationResult:
         return f"{made}: {sizes}." + (f"\nWrote {self.folder}" if self.folder else "")
 
 
+@ranks.joined()
 def quantize(
     model: str | Path | nn.Module,
     processor: Any = None,
@@ -90,6 +94,8 @@ def quantize(
     resume   go on with an unfinished run of the same ``output`` and options, block by block, if there is one
     options  the other fields of ``Recipe``
 
+    Under torchrun the ranks share the samples of one quantization; each calls this with the same arguments.
+
     Raises MBQError for whatever the caller can mend; ``output`` then does not exist.
     """
     rows = data if isinstance(data, list) else None
@@ -107,7 +113,7 @@ def quantize(
             binding = bind(own)
             targets = target_schemes(binding, recipe)
             placement = _place(binding, model, recipe)
-            if output is not None:  # before hours of work, not after
+            if output is not None and ranks.rank() == 0:  # before hours of work, not after
                 config = quantization_config(recipe.numbers, *ignored(binding, recipe))
                 check_space(output, checkpoint_bytes(own, config))
         before = weight_bytes(own)
@@ -117,19 +123,23 @@ def quantize(
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
                 sensitivity = _measured(binding, batches, recipe, placement, progress, state)
-        finished = FinishedBlocks(binding, targets, chosen, state)
+        finished = FinishedBlocks(binding, targets, chosen, state) if ranks.rank() == 0 else None
         with _timed(seconds, "search"):
             search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress, finished)
-        with _timed(seconds, "quantize"):
-            finished.pack_rest(progress)
-            if placement.blocks:
-                own.to("cpu")  # as a whole again
-        after, folder = weight_bytes(own), None
-        if output is not None:
+        after, folder = 0, None
+        if finished is not None:
+            with _timed(seconds, "quantize"):
+                finished.pack_rest(progress)
+                if placement.blocks:
+                    own.to("cpu")  # as a whole again
+            after = weight_bytes(own)
+        if finished is not None and output is not None:
             with _timed(seconds, "write"):
                 found = Measured(hashed, sensitivity, search, before, after)
                 folder = write_folder(Path(output), binding, processor, recipe, name, found)
-    return QuantizationResult(own, processor, recipe, folder, sensitivity, search, seconds, before, after)
+        after, folder = ranks.from_first((after, folder))
+    made = own if finished is not None else None
+    return QuantizationResult(made, processor, recipe, folder, sensitivity, search, seconds, before, after)
 
 
 @contextmanager
@@ -147,10 +157,16 @@ def _state(
     options = {name: value for name, value in asdict(recipe).items() if name not in NO_NUMBERS}
     files = files_hash(model_folder(model))
     fingerprint = {**options, **package_versions(), "data": hashed, "model files": files}
+    ranks.agree(fingerprint)
+    if ranks.rank() > 0:
+        with kept_by_rank_0(Path(output)):
+            yield None
+        return
     with run_state(Path(output), fingerprint, resume) as state:
         yield state
 
 
+@ranks.joined()
 def measure_sensitivity(
     model: str | Path | nn.Module,
     processor: Any = None,
@@ -160,7 +176,10 @@ def measure_sensitivity(
     progress: Progress = silent,
     **options: Any,
 ) -> Sensitivity:
-    """The mean absolute gradient of each block, for vision and language tokens; the model is left as it was."""
+    """The mean absolute gradient of each block, for vision and language tokens; the model is left as it was.
+
+    Under torchrun the ranks share the samples, and all of them return it.
+    """
     rows = data if isinstance(data, list) else None
     recipe = Recipe.of(data=None if rows else data, images=images, **options)
     if not (rows or data):
@@ -216,7 +235,7 @@ def _place(binding: Binding, model: Any, recipe: Recipe) -> Placement:
     """A model that was given loaded stays where it is."""
     if isinstance(model, nn.Module):
         return Placement(device_of(binding.model))
-    placement = place(binding, torch_device(recipe.device), recipe.offload)
+    placement = place(binding, torch_device(ranks.own_device(recipe.device)), recipe.offload)
     log.info("%s", placement)
     return placement
 
@@ -277,8 +296,9 @@ def _measured(
     def done(count: int) -> None:
         progress("sensitivity", count, len(binding.blocks), "")
 
-    if state is not None and state.sensitivity is not None:
-        return Sensitivity.from_json(state.sensitivity)
+    known = ranks.from_first(None if state is None else state.sensitivity)
+    if known is not None:
+        return Sensitivity.from_json(known)
     measured = measure(binding, batches, parity=recipe.parity, storage=placement.storage, progress=done)
     if state is not None:
         state.keep_sensitivity(measured.to_json())
@@ -294,7 +314,7 @@ def _equalize(
     recipe: Recipe,
     placement: Placement,
     progress: Progress,
-    finished: FinishedBlocks,
+    finished: FinishedBlocks | None,
 ) -> list[GroupSearch]:
     """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
     options = SearchOptions(
@@ -321,7 +341,7 @@ def _equalize(
         finished=finished,
         progress=progress,
     )
-    if recipe.vision_tower is not None:
+    if recipe.vision_tower is not None and finished is not None:  # one pass of the tower, not worth sharing
         smooth_vision_tower(binding, batches, recipe.ignore, recipe.smooth_alpha)
     return search
 

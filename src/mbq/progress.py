@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from mbq import ranks
+
 # progress(step, done, total, note): the step's name, how many of its parts are done, out of how many, and what to show
 # beside them, such as "block 3, loss 0.0121". done == total ends the step.
 Progress = Callable[[str, int, int, str], None]
@@ -34,7 +36,10 @@ def memory_in_use() -> str:
 
 @contextmanager
 def shown(console: Console) -> Iterator[Progress]:
-    """A Progress that writes to ``console``: bars if it is a terminal, else plain lines."""
+    """A Progress that writes to ``console``, on rank 0: bars if it is a terminal, else plain lines."""
+    if ranks.rank() > 0:
+        yield silent
+        return
     if not console.is_terminal:
         yield _Lines(console)
         return

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from mbq import ranks
 from mbq.architecture import Binding, LinearGroup
 from mbq.blocks import Call, GroupTrace, capture, check_outputs, placed, run_with, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
@@ -70,6 +71,7 @@ def equalize_model(
     folded, but stay float in every candidate. ``sensitivity`` is what methods that weigh need. Activations are kept on
     ``storage``, by default where they are made. ``finished`` takes each block that is done, and may have had some
     done before (but not with ``distorted_input``, where what a block sees depends on the quantized ones before it).
+    Of several ranks each runs its part of ``batches``, and only rank 0's weights are folded.
 
     Raises MBQError for a norm that nothing can be folded into, a sensitivity that cannot weigh, and a group without a
     finite loss.
@@ -88,15 +90,16 @@ def equalize_model(
     )
     _check_norms(binding)
     groups = binding.architecture.groups
-    hidden, calls = capture(binding, batches, storage)
+    hidden, calls = capture(binding, batches[ranks.part(len(batches))], storage)
     seen = hidden
     rows: list[GroupSearch] = []
     for index in range(len(binding.blocks)):
-        with placed(binding, index) as block:
-            earlier = finished.rows(index) if finished is not None else None
-            if finished is not None and earlier is not None:
+        with placed(binding, index, changes=ranks.rank() == 0) as block:
+            earlier = ranks.from_first(finished.rows(index) if finished is not None else None)
+            if earlier is not None:
                 _, hidden = trace(block, (), hidden, calls[index], storage)
-                finished.restore(index)
+                if finished is not None:
+                    finished.restore(index)
                 rows += earlier
                 progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
                 continue
@@ -121,6 +124,7 @@ def equalize_model(
 def token_roles(batches: Sequence[CalibrationBatch], parity: bool = False) -> TokenRoles:
     """The roles of all tokens, batch after batch. ``parity``: the released language mask, and padding is counted."""
     mask = released_language_mask if parity else language_mask
+    part, sizes = ranks.part(len(batches)), [batch.labels.numel() for batch in batches]
     real = [batch.inputs.get("attention_mask") for batch in batches]
     counted = [
         torch.ones_like(batch.vision) if parity or each is None else each.to(batch.vision.device).bool()
@@ -130,6 +134,8 @@ def token_roles(batches: Sequence[CalibrationBatch], parity: bool = False) -> To
         vision=_flat([batch.vision for batch in batches]),
         language=_flat([mask(batch) for batch in batches]),
         counted=_flat(counted),
+        own=slice(sum(sizes[: part.start]), sum(sizes[: part.stop])),
+        lengths=tuple(sizes),
     )
 
 
@@ -159,7 +165,8 @@ class _Search:
             else:
                 rows.append(GroupSearch(index, group.name, choice.alpha, choice.losses))
                 choices.append((made, choice))
-        for made, choice in choices:
+        # Elsewhere only a distorted input looks at folded weights; the others stay the file's, which all ranks share.
+        for made, choice in choices if ranks.rank() == 0 or self.options.distorted_input else ():
             weights = [_weight(self.binding.module(index, path)) for path in made.group.linears]
             before = list(self.binding.module(index, made.group.prev).parameters(recurse=False))
             fold(choice.equalization, made.sources, before, weights)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mbq import ranks
 from mbq.architecture import Binding
 from mbq.blocks import Call, capture, check_outputs, device_of, evaluating, forward, hooked, passing, placed, run, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
@@ -55,7 +56,7 @@ def measure(
 
     A sample's loss is the mean cross entropy of its answer tokens, so the batch size changes nothing. ``progress`` is
     called with the number of blocks that the gradient has passed. ``parity`` takes the released language mask. The
-    blocks' inputs are kept on ``storage``, by default where they are made.
+    blocks' inputs are kept on ``storage``, by default where they are made. Of several ranks each runs its part.
 
     Raises MBQError where no sample has an image, a sample has no answer, or a loss or gradient is not finite.
     """
@@ -64,16 +65,18 @@ def measure(
             "No calibration sample has an image, so vision cannot be weighed; add images, or quantize by --method awq."
         )
     mask = released_language_mask if parity else language_mask
-    gradients = token_gradients(binding, batches, storage, progress)
+    own = batches[ranks.part(len(batches))]
+    gradients = token_gradients(binding, own, storage, progress)
     vision = torch.zeros(len(binding.blocks), len(PARTS), dtype=torch.float64)
     language = torch.zeros_like(vision)
-    pictured = samples = 0
-    for batch, gradient in zip(batches, gradients, strict=True):
+    for batch, gradient in zip(own, gradients, strict=True):
         seen = batch.vision.any(dim=1).cpu()
         vision += _masked_means(gradient.double(), batch.vision.cpu())[..., seen].sum(-1)
         language += _masked_means(gradient.double(), mask(batch).cpu()).sum(-1)
-        pictured, samples = pictured + int(seen.sum()), samples + len(seen)
-    return Sensitivity(_by_part(vision / pictured), _by_part(language / samples), parity)
+    pictured = sum(int(batch.vision.any(dim=1).sum()) for batch in batches)
+    samples = sum(len(batch.labels) for batch in batches)
+    vision, language = ranks.total(vision) / pictured, ranks.total(language) / samples
+    return Sensitivity(_by_part(vision), _by_part(language), parity)
 
 
 def ratios(sensitivity: Sensitivity, floor: float | None = None) -> dict[str, tuple[float, ...]]:

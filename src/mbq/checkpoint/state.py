@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 
 from mbq.checkpoint.folder import sync_entry
 from mbq.errors import MBQError
+from mbq.ranks import LostRank
 
 PIECE = 2**20  # of the beginning and the end of a weights file: what a fingerprint looks at
 
@@ -75,29 +76,50 @@ def run_state(output: Path, fingerprint: Mapping[str, Any], resume: bool) -> Ite
     Raises MBQError where another run has it, where there is one that nobody asked to resume, and where the one to be
     resumed was begun with another fingerprint or is damaged.
     """
-    folder = output.expanduser().absolute()
-    folder = folder.with_name(f"{folder.name}.unfinished")
+    folder = _beside(output)
     state = RunState(folder, fingerprint)
     with _locked(folder, output):
         if state.begun:
             _take_up(state, output, resume)
         try:
             yield state
-        except KeyboardInterrupt as error:
+        except (KeyboardInterrupt, LostRank) as error:
             if state.begun:
-                raise KeyboardInterrupt(f"Interrupted; what is done is in {folder}: --resume goes on.") from error
+                raise _kept(error, folder) from error
             raise
         except MBQError as error:
             if not state.content["blocks"]:  # what the options or the model brought about, at once
                 shutil.rmtree(folder)
                 raise
-            said = str(error).rstrip(".")
-            raise MBQError(f"{said}; what is done is kept in {folder}: --resume goes on with it.") from error
+            raise _kept(error, folder) from error
         else:
             shutil.rmtree(folder)
         finally:
             if folder.exists() and not state.begun:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def kept_by_rank_0(output: Path) -> Iterator[None]:
+    """What ends another rank says too what there is to go on with, if its host sees rank 0's folder."""
+    file = _beside(output) / "run.json"
+    try:
+        yield
+    except (KeyboardInterrupt, MBQError) as error:
+        if file.exists() and json.loads(file.read_text(encoding="utf-8"))["blocks"]:
+            raise _kept(error, file.parent) from error
+        raise
+
+
+def _beside(output: Path) -> Path:
+    folder = output.expanduser().absolute()
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def _kept(error: KeyboardInterrupt | MBQError, folder: Path) -> KeyboardInterrupt | MBQError:
+    """The same error, which says too that the run can go on."""
+    said = str(error).rstrip(".") or "Interrupted"
+    return type(error)(f"{said}; what is done is kept in {folder}: --resume goes on with it.")
 
 
 def _take_up(state: RunState, output: Path, resume: bool) -> None:
