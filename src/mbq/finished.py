@@ -68,7 +68,7 @@ class FinishedBlocks:
         inside = {name for names in blocks for name in names}
         done = 0
         for index, names in enumerate([*blocks, [name for name in self.targets if name not in inside]]):
-            with placed(self.binding, index) if index < len(blocks) else nullcontext():
+            with placed(self.binding, index, changes=True) if index < len(blocks) else nullcontext():
                 for name in names:
                     if not isinstance(self.binding.model.get_submodule(name), QuantLinear):
                         self.pack(name)
