@@ -62,7 +62,9 @@ def test_every_option_reaches_the_recipe(
 ) -> None:
     given: dict[str, object] = {}
 
-    def quantize(model: str, *, output: Path, resume: bool, progress: object, **options: object) -> str:
+    def quantize(
+        model: str, *, output: Path, resume: bool, progress: object, announce: object, **options: object
+    ) -> str:
         given.update(vars(Recipe.of(**options)))
         return ""
 
@@ -92,6 +94,8 @@ def test_every_option_reaches_the_recipe(
         device="cpu",
         dtype="float32",
         offload="blocks",
+        activations="disk",
+        offload_folder="elsewhere",
         trust_remote_code=True,
     )
     flags: list[str] = []

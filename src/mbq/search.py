@@ -90,7 +90,7 @@ def equalize_model(
     _check_norms(binding)
     groups = binding.architecture.groups
     hidden, calls = capture(binding, batches, storage)
-    seen = hidden
+    seen = hidden if options.distorted_input else []
     rows: list[GroupSearch] = []
     for index in range(len(binding.blocks)):
         with placed(binding, index, changes=True) as block:

@@ -17,10 +17,11 @@ import torch
 from mbq.errors import MBQError
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
+PLACES = ("device", "cpu", "disk")  # from the fastest to the largest
 
 
 def keeper(place: str | None, folder: Path) -> Keep | None:
-    """What keeps tensors in a place of ``Plan``: "device", "cpu", or "disk" in ``folder``."""
+    """What keeps tensors in one of ``PLACES``, on disk in ``folder``."""
     if place == "disk":
         return partial(on_disk, folder=folder)
     return in_memory if place == "cpu" else None
@@ -46,10 +47,10 @@ def on_disk(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
         return values
     try:
         with tempfile.NamedTemporaryFile(prefix=".mbq-", dir=folder, buffering=0) as file:
-            file.write(memoryview(values.flatten().view(torch.uint8).numpy()))  # a full disk is an error here
-            if file.tell() < values.nbytes:
+            written = file.write(values.flatten().view(torch.uint8).numpy().data)  # a full disk is an error here
+            if written < values.nbytes:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            mapped = torch.UntypedStorage.from_file(file.name, shared=True, nbytes=values.nbytes)
+            mapped = torch.from_file(file.name, shared=True, size=values.numel(), dtype=values.dtype)
     except OSError as error:
         raise MBQError(
             f"Activations cannot be kept in {folder} ({error.strerror}); give an --offload-folder on another disk."
@@ -59,4 +60,4 @@ def on_disk(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
             f"More files of activations in {folder} than a process may map; raise --batch-size, or lower "
             "--num-calibration-samples."
         ) from error
-    return torch.empty(0, dtype=values.dtype).set_(mapped, 0, values.shape)
+    return mapped.view(values.shape)
