@@ -53,7 +53,7 @@ def test_a_7b_model_is_inspected_without_its_weights(family: str, tmp_path: Path
     # 3 bits, a 16-bit scale and a 3-bit zero for 128 weights; the rest stays.
     quantized = parameters * (3 + 19 / 128) / 8
     assert found.cost.packed == pytest.approx(found.cost.weights - 2 * parameters + quantized, rel=1e-4)
-    assert found.cost.inputs == 128 * 1024 * (30 * 3584 * 2 + 2 * 128 * 2)
+    assert found.cost.inputs == 128 * 1024 * (30 * 3584 * 2 + 2 * 128 * 2 + 8) + 1024 * 3584 * 2
     assert found.cost.apart < found.cost.weights - 27 * 2 * parameters / 28
 
 

@@ -82,7 +82,7 @@ class Shapes:
     intermediate  channels of the MLP
     attention  channels that o_proj reads: heads times their width
     head_dim   of one head
-    head       [out, in] of the linear that makes logits, the largest outside the blocks
+    head       [out, in] of the linear that makes logits: none has more outputs
     eager      whether attention is transformers' plain code, which makes all scores
     """
 
@@ -97,7 +97,7 @@ class Shapes:
         holder: Any = binding.module(0, architecture.attn_output.rpartition(".")[0])
         self.head_dim = int(getattr(holder, "head_dim", self.attention))
         kept = [binding.model.get_submodule(name).get_parameter("weight").shape for name in binding.kept]
-        self.head = max(((shape[0], shape[1]) for shape in kept), key=lambda shape: shape[0] * shape[1])
+        self.head = max(((shape[0], shape[1]) for shape in kept), key=lambda shape: shape[0])
         config: Any = getattr(holder, "config", binding.model.config)
         self.eager = getattr(config, "_attn_implementation", "eager") == "eager"
 
@@ -121,22 +121,26 @@ def token_count(lengths: Lengths) -> int:
     return sum(samples * tokens for samples, tokens in lengths)
 
 
+def longest_batch(lengths: Lengths) -> int:
+    return max((samples * tokens for samples, tokens in lengths), default=0)
+
+
 def evaluated_tokens(lengths: Lengths) -> int:
     """Tokens on which a search compares its candidates: at most all of them."""
     return token_count(lengths)
 
 
 def call_bytes(shapes: Shapes, lengths: Lengths) -> int:
-    """What a block is called with beside hidden states: cosines and sines, and a mask where there is padding."""
-    rotary = token_count(lengths) * 2 * shapes.head_dim * shapes.itemsize
+    """What a block is called with beside hidden states: positions, their cosines and sines, a mask against padding."""
+    rotary = token_count(lengths) * (8 + 2 * shapes.head_dim * shapes.itemsize)
     each = shapes.itemsize if shapes.eager else 1  # a number to add, or whether a token is seen
     return rotary + sum(n * tokens**2 * each for n, tokens in lengths if n > 1 or shapes.eager)
 
 
 def input_bytes(shapes: Shapes, lengths: Lengths) -> int:
-    """The inputs of all blocks, the output of the last, and the gradient that is passed back."""
-    states = token_count(lengths) * shapes.hidden * shapes.itemsize
-    return (shapes.blocks + 2) * states + call_bytes(shapes, lengths)
+    """The inputs of all blocks, the output of the last, and the gradient passed back: a batch has it twice for once."""
+    numbers = (shapes.blocks + 2) * token_count(lengths) + longest_batch(lengths)
+    return numbers * shapes.hidden * shapes.itemsize + call_bytes(shapes, lengths)
 
 
 def trace_bytes(shapes: Shapes, lengths: Lengths) -> int:
@@ -162,7 +166,7 @@ def working_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
     if recipe.method == "rtn":
         lengths = ()
     item, hidden, inner = shapes.itemsize, shapes.hidden, shapes.intermediate
-    longest = max((samples * tokens for samples, tokens in lengths), default=0)
+    longest = longest_batch(lengths)
     squares = max((samples * tokens**2 for samples, tokens in lengths), default=0)
     scores = squares * (shapes.attention // shapes.head_dim) * (2 * item + 4) if shapes.eager else 0
     head = longest * shapes.head[0] * (3 * item + 5)
