@@ -40,7 +40,13 @@ def test_quantize_then_generate(
     assert re.search(r"^W3A16 by mbq in [\d.]+ s: [\d.]+ MB became [\d.]+ MB\.$", done.stdout, re.MULTILINE)
     assert f"Wrote {output}" in done.stdout
     assert "search: 2/2" in done.stderr
-    assert "search" not in done.stdout
+    assert "search:" not in done.stdout
+    plan = re.search(
+        r"^Weights: the whole model on .*\nActivations: .*\nActivations: .*\nNeeded: .*", done.stderr, re.M
+    )
+    assert plan is not None
+    assert plan.start() < done.stderr.index("search: ")
+    assert "Weights:" not in done.stdout
 
     picture = calibration.parent / "images" / "0.png"
     asked = mbq_command(

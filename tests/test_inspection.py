@@ -63,6 +63,15 @@ def test_the_command_prints_sizes(float_folder: Callable[[str], Path]) -> None:
     assert "W4A16" in done.stdout
     assert "become" in done.stdout
     assert "kept" in done.stdout
+    for line in ("Weights: the whole model on ", "Activations: every block's inputs", "Needed: about ", "Time: about "):
+        assert f"\n{line}" in done.stdout
+
+
+def test_what_would_not_fit_is_said_in_the_place_of_a_plan(float_folder: Callable[[str], Path]) -> None:
+    found = inspect(float_folder("internvl"), num_calibration_samples=10**8, device="cpu")
+    assert isinstance(found.plan, str)
+    assert found.plan.startswith("Activations of 100000000 calibration samples take ")
+    assert "; lower --num-calibration-samples to " in found.plan
 
 
 def test_what_cannot_be_quantized_cannot_be_inspected(float_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def quantize(
             plan = _plan(binding, batches, recipe, packed, isinstance(model, nn.Module), output, state)
             if announce is not None:
                 announce(plan)
-            place(binding, plan)
+            if not isinstance(model, nn.Module):
+                place(binding, plan)
         sensitivity = None
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
@@ -177,7 +178,8 @@ def measure_sensitivity(
     binding = bind(own)
     batches = _batches(rows, processor, binding, recipe, progress)
     plan = _plan(binding, batches, recipe, 0, isinstance(model, nn.Module), searches=False)
-    place(binding, plan)
+    if not isinstance(model, nn.Module):
+        place(binding, plan)
     return _measured(binding, batches, recipe, plan, progress, None)
 
 
