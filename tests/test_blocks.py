@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mbq.blocks import capture, forward, run, run_with, trace
+from mbq.storage import in_memory
 from tests.calibrated import calibrated
 from tests.tiny import FAMILY_NAMES
 
@@ -33,7 +34,7 @@ def recorded(module, batches, model):
     return inputs, outputs
 
 
-@pytest.mark.parametrize("storage", [None, torch.device("cpu")])
+@pytest.mark.parametrize("storage", [None, in_memory])
 def test_running_the_blocks_one_by_one_gives_the_models_hidden_states(setting, storage):
     binding, batches = setting
     hidden, calls = capture(binding, batches, storage)

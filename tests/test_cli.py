@@ -40,7 +40,13 @@ def test_quantize_then_generate(
     assert re.search(r"^W3A16 by mbq in [\d.]+ s: [\d.]+ MB became [\d.]+ MB\.$", done.stdout, re.MULTILINE)
     assert f"Wrote {output}" in done.stdout
     assert "search: 2/2" in done.stderr
-    assert "search" not in done.stdout
+    assert "search:" not in done.stdout
+    plan = re.search(
+        r"^Weights: the whole model on .*\nActivations: .*\nActivations: .*\nNeeded: .*", done.stderr, re.M
+    )
+    assert plan is not None
+    assert plan.start() < done.stderr.index("search: ")
+    assert "Weights:" not in done.stdout
 
     picture = calibration.parent / "images" / "0.png"
     asked = mbq_command(
@@ -62,7 +68,9 @@ def test_every_option_reaches_the_recipe(
 ) -> None:
     given: dict[str, object] = {}
 
-    def quantize(model: str, *, output: Path, resume: bool, progress: object, **options: object) -> str:
+    def quantize(
+        model: str, *, output: Path, resume: bool, progress: object, announce: object, **options: object
+    ) -> str:
         given.update(vars(Recipe.of(**options)))
         return ""
 
@@ -92,6 +100,8 @@ def test_every_option_reaches_the_recipe(
         device="cpu",
         dtype="float32",
         offload="blocks",
+        activations="disk",
+        offload_folder="elsewhere",
         trust_remote_code=True,
     )
     flags: list[str] = []

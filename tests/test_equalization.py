@@ -14,11 +14,13 @@ from mbq.equalization import (
     best_candidate,
     candidates,
     check_norm,
+    drawn,
     fixed_weights,
     fold,
     gradient_weights,
     mae_weights,
     mse_weights,
+    rounds,
     shared_mean,
     smoothquant_vector,
     token_loss,
@@ -97,12 +99,48 @@ def test_the_papers_objective_is_released_mae_without_a_floor_up_to_a_constant()
 
 
 def test_the_first_of_equal_candidates_wins_and_one_that_is_not_finite_never_does():
-    values = iter([math.nan, 3.0, -math.inf, 2.0, 2.0] + [5.0] * 15)
-    choice = best_candidate(torch.rand(4), lambda vector: torch.tensor(next(values)), "block 1, down")
+    values = torch.tensor([math.nan, 3.0, -math.inf, 2.0, 2.0] + [5.0] * 15)
+    choice = best_candidate(torch.rand(4), lambda vectors, count: values, "block 1, down")
     assert choice.alpha == ALPHAS[3]
     assert choice.losses[3:5] == (2.0, 2.0)
     with pytest.raises(MBQError, match="block 1, down"):
-        best_candidate(torch.rand(4), lambda vector: torch.tensor(math.nan), "block 1, down")
+        best_candidate(torch.rand(4), lambda vectors, count: torch.full((20,), math.nan), "block 1, down")
+
+
+def test_a_race_compares_the_best_quarter_again_on_four_times_the_tokens():
+    """The first round errs about the best two; the second puts candidate 7 right, and the third sees two only."""
+    first = torch.arange(20.0) + 10
+    seen = []
+
+    def losses(vectors, count):
+        seen.append((len(vectors), count))
+        return {100: first, 400: torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), 900: torch.tensor([1.5, 1.0])}[count]
+
+    choice = best_candidate(torch.rand(4) + 1, losses, "block 0, qkv", tokens=100, weighted=900)
+    assert seen == [(20, 100), (5, 400), (2, 900)]
+    assert choice.alpha == ALPHAS[4]
+    assert choice.losses == (5.0, 4.0, 3.0, 1.5, 1.0, *first[5:].tolist())
+    assert rounds(512, 80_000) == [(20, 512), (5, 2048), (2, 8192)]
+    assert rounds(512, 600) == [(20, 512), (5, 600)]
+    assert rounds(512, 512) == rounds(None, 512) == [(20, 512)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 199, 200, 500])
+def test_drawn_units_stand_for_all(count):
+    """As many as asked for, each weighing what it stands for: the mean of many shifted draws is the full sum."""
+    torch.manual_seed(0)
+    weights = torch.rand(300, dtype=torch.float64) ** 6
+    weights[::3] = 0
+    values = torch.rand(300, dtype=torch.float64)
+    found = drawn(weights, count)
+    assert not found[weights == 0].any()
+    assert abs(int((found > 0).sum()) - min(count, 200)) <= 1
+    if count >= 200:
+        assert torch.equal(found, weights)
+    orders = [torch.randperm(300) for _ in range(400)]
+    sums = torch.stack([values[order] @ drawn(weights[order], count) for order in orders])
+    standard_error = sums.std() / len(orders) ** 0.5
+    assert abs(sums.mean() - values @ weights) <= 4 * standard_error + 1e-9
 
 
 def test_smoothquant_is_its_equation():
@@ -176,10 +214,10 @@ def test_when_language_is_sensitive_mbq_protects_it_better_than_awq():
         return x @ (fake_quantize(weight * vector, scheme) / vector).T
 
     def chosen(weights):
-        def loss(vector):
-            return token_loss(target, output(vector), weights, 1)
+        def losses(vectors, count):
+            return torch.stack([token_loss(target, output(vector), weights, 1) for vector in vectors])
 
-        return best_candidate(x.abs().mean(0), loss, "toy")
+        return best_candidate(x.abs().mean(0), losses, "toy")
 
     def error(choice, mask):
         return (target - output(choice.equalization))[mask].abs().mean()

@@ -34,9 +34,9 @@ def test_numbers_are_those_of_the_quantized_model(
     for (name, shape), count in found.quantized.items():
         same = [each for each in layers if (each.out_features, each.in_features) == shape and each.scheme.name == name]
         assert len(same) == count
-    assert found.bytes_before == result.bytes_before
+    assert found.cost.weights == result.bytes_before
     written = [load_file(file) for file in (tmp_path / "out").glob("*.safetensors")]
-    assert found.bytes_after == sum(tensor.nbytes for tensors in written for tensor in tensors.values())
+    assert found.cost.packed == sum(tensor.nbytes for tensors in written for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,12 +49,12 @@ def test_a_7b_model_is_inspected_without_its_weights(family: str, tmp_path: Path
     parameters = 28 * (2 * 3584 * 3584 + 2 * 512 * 3584 + 3 * 18944 * 3584)
     counted = sum(outputs * inputs * count for (_, (outputs, inputs)), count in found.quantized.items())
     assert counted == parameters
-    assert found.bytes_before == pytest.approx({"llava_onevision": 16.06e9, "qwen2_vl": 16.58e9}[family], rel=0.001)
+    assert found.cost.weights == pytest.approx({"llava_onevision": 16.06e9, "qwen2_vl": 16.58e9}[family], rel=0.001)
     # 3 bits, a 16-bit scale and a 3-bit zero for 128 weights; the rest stays.
     quantized = parameters * (3 + 19 / 128) / 8
-    assert found.bytes_after == pytest.approx(found.bytes_before - 2 * parameters + quantized, rel=1e-4)
-    assert found.bytes_inputs == 128 * 1024 * 3584 * 2 * 28
-    assert found.bytes_apart < found.bytes_before - 27 * 2 * parameters / 28
+    assert found.cost.packed == pytest.approx(found.cost.weights - 2 * parameters + quantized, rel=1e-4)
+    assert found.cost.inputs == 128 * 1024 * (30 * 3584 * 2 + 2 * 128 * 2 + 8) + 1024 * 3584 * 2
+    assert found.cost.apart < found.cost.weights - 27 * 2 * parameters / 28
 
 
 def test_the_command_prints_sizes(float_folder: Callable[[str], Path]) -> None:
@@ -63,6 +63,15 @@ def test_the_command_prints_sizes(float_folder: Callable[[str], Path]) -> None:
     assert "W4A16" in done.stdout
     assert "become" in done.stdout
     assert "kept" in done.stdout
+    for line in ("Weights: the whole model on ", "Activations: every block's inputs", "Needed: about ", "Time: about "):
+        assert f"\n{line}" in done.stdout
+
+
+def test_what_would_not_fit_is_said_in_the_place_of_a_plan(float_folder: Callable[[str], Path]) -> None:
+    found = inspect(float_folder("internvl"), num_calibration_samples=10**6, device="cpu")
+    assert isinstance(found.plan, str)
+    assert found.plan.startswith("Activations of 1000000 calibration samples take ")
+    assert "; lower --num-calibration-samples to " in found.plan
 
 
 def test_what_cannot_be_quantized_cannot_be_inspected(float_folder: Callable[[str], Path], tmp_path: Path) -> None:

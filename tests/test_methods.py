@@ -17,6 +17,7 @@ from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import scheme_named
 from mbq.search import GroupSearch, equalize_model, token_roles
 from mbq.sensitivity import Sensitivity, measure, ratios
+from mbq.storage import in_memory
 from tests.calibrated import calibrated
 from tests.tiny import ALL_FAMILY_NAMES, FAMILY_NAMES
 
@@ -154,7 +155,7 @@ def test_batch_size_and_padding_change_nothing_outside_the_parity_mode(method):
 
 def test_storage_changes_nothing():
     found = []
-    for storage in (None, torch.device("cpu")):
+    for storage in (None, in_memory):
         binding, batches = calibrated("qwen2_vl", hidden=64, kv_heads=1)
         found.append(equalize_model(binding, batches, METHODS["awq"], W4A8, storage=storage))
     assert found[0] == found[1]

@@ -1,7 +1,7 @@
 """The one place that runs a model block by block: what goes in, what comes out, and with other weights.
 
 Hidden states and activations are lists with one tensor a calibration batch, because batches have different lengths.
-They are kept on ``storage`` (by default where they were made) and brought to the block's device for each run.
+``storage`` keeps them (None: where they were made), and they are brought to the block's device for each run.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from mbq.architecture import Binding, LinearGroup
 from mbq.calibration import CalibrationBatch
 from mbq.errors import MBQError
+from mbq.storage import Keep, kept
 
 _CACHES = ("past_key_value", "past_key_values")
 _TUPLES: dict[type, bool] = {}  # classes of blocks: whether they return a tuple
@@ -36,7 +37,7 @@ class Call:
 
     def to(self, device: torch.device) -> Call:
         memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        return Call(*(_moved(each, device, memo) for each in (self.args, self.kwargs, self.added)))
+        return Call(*(_moved(each, _to(device), memo) for each in (self.args, self.kwargs, self.added)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class GroupTrace:
 
 @torch.no_grad()
 def capture(
-    binding: Binding, batches: Sequence[CalibrationBatch], storage: torch.device | None = None
+    binding: Binding, batches: Sequence[CalibrationBatch], storage: Keep | None = None
 ) -> tuple[list[torch.Tensor], list[list[Call]]]:
     """The first block's hidden states [batch, token, channel] a batch, and ``calls[block][batch]`` of every block.
 
@@ -70,7 +71,7 @@ def capture(
         states, call = _split(args, kwargs)
         added = None
         if index == 0:
-            hidden.append(states.to(storage or states.device))
+            hidden.append(kept(states, storage))
         elif bool(states.any()):
             added = states
         calls[index].append(Call(*(_moved(each, storage, memo) for each in (call.args, call.kwargs, added))))
@@ -116,28 +117,28 @@ def passing(binding: Binding, states: Callable[[torch.Tensor], torch.Tensor]) ->
 
 @contextmanager
 def placed(binding: Binding, index: int, changes: bool = False) -> Iterator[nn.Module]:
-    """A block, on the model's device for as long as this lasts, if it waits on the CPU; then its weights go back.
+    """A block, on the model's device for as long as this lasts, if it waits on the CPU.
 
-    changes  what they have become there is kept. Else they are again what they were: views of the mapped file, which
-             all processes of a host share, where a copy would be the process's own
+    changes  its weights are changed meanwhile, and copied back. Else they are again what they were: views of a file
+             that is mapped into memory, which all processes of a host share, where a copy would be the process's own
     """
     block, device = binding.blocks[index], device_of(binding.model)
     waiting = device_of(block).type == "cpu" and device.type != "cpu"
-    before = {} if changes or not waiting else {name: each.data for name, each in block.named_parameters()}
+    before = [] if changes else [(parameter, parameter.data) for parameter in block.parameters()]
     if waiting:
         block.to(device)
     try:
         yield block
     finally:
-        for name, data in before.items():
-            block.get_parameter(name).data = data
         if waiting:
+            for parameter, data in before:
+                parameter.data = data
             block.to("cpu")
 
 
 def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
     """The model's output for a batch, on the model's device and without a cache."""
-    return model(**_moved(batch.inputs, device_of(model), {}), use_cache=False)
+    return model(**_moved(batch.inputs, _to(device_of(model)), {}), use_cache=False)
 
 
 def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -166,17 +167,21 @@ def trace(
     groups: Sequence[LinearGroup],
     hidden: Sequence[torch.Tensor],
     calls: Sequence[Call],
-    storage: torch.device | None = None,
+    storage: Keep | None = None,
 ) -> tuple[dict[str, GroupTrace], list[torch.Tensor]]:
     """One forward of the block a batch: the trace of each group by its name, and the block's outputs."""
     traces = {group.name: GroupTrace([], [], []) for group in groups}
     outputs = []
+    memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what several groups see is kept once
 
     def read(found: GroupTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.inputs.append(_moved(args[0], storage, {}))
+        found.inputs.append(_moved(args[0], storage, memo))
 
     def called(found: GroupTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.calls.append(Call(_moved(args, storage, {}), _moved(kwargs, storage, {})))
+        found.calls.append(Call(_moved(args, storage, memo), _moved(kwargs, storage, memo)))
+
+    def returned(found: GroupTrace, output: torch.Tensor) -> None:
+        found.outputs.append(_moved(output, storage, memo))
 
     with hooked() as hooks, evaluating(block):
         for group in groups:
@@ -185,9 +190,10 @@ def trace(
             linear = block.get_submodule(group.linears[0])
             hooks.append(linear.register_forward_pre_hook(_before(read, found), with_kwargs=True))
             hooks.append(inspected.register_forward_pre_hook(_before(called, found), with_kwargs=True))
-            hooks.append(inspected.register_forward_hook(_after(found.outputs, storage)))
+            hooks.append(inspected.register_forward_hook(_after(returned, found)))
         for states, call in zip(hidden, calls, strict=True):
-            outputs.append(_moved(run(block, states, call), storage, {}))
+            memo.clear()
+            outputs.append(kept(run(block, states, call), storage))
     return traces, outputs
 
 
@@ -237,9 +243,9 @@ def _before(record: Callable[..., None], subject: Any) -> Callable[..., None]:
     return hook
 
 
-def _after(outputs: list[torch.Tensor], storage: torch.device | None) -> Callable[..., None]:
+def _after(record: Callable[..., None], subject: Any) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        outputs.append(_moved(_first(output), storage, {}))
+        record(subject, _first(output))
 
     return hook
 
@@ -255,21 +261,25 @@ def _first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _moved(value: Any, device: torch.device | None, memo: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
-    """``value`` with its tensors on ``device`` (None: where they are).
+def _to(device: torch.device) -> Keep:
+    return lambda tensor: tensor.to(device)
+
+
+def _moved(value: Any, move: Keep | None, memo: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """``value`` with its tensors moved (None: where they are).
 
     A tensor that blocks share stays shared: ``memo`` maps its id to itself (so that the id stays taken) and its copy.
     """
-    if device is None:
+    if move is None:
         return value
     if isinstance(value, torch.Tensor):
         if id(value) not in memo:
-            memo[id(value)] = (value, value.to(device))
+            memo[id(value)] = (value, move(value))
         return memo[id(value)][1]
     if isinstance(value, Mapping):
-        return {name: _moved(item, device, memo) for name, item in value.items()}
+        return {name: _moved(item, move, memo) for name, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_moved(item, device, memo) for item in value)
+        return type(value)(_moved(item, move, memo) for item in value)
     return value
 
 

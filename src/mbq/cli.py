@@ -49,6 +49,8 @@ Text = Annotated[str | None, typer.Option(help="Plain text for --formatting inte
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
 Offload = Annotated[str, typer.Option(help="blocks keeps all blocks but one in CPU memory; none; auto.")]
+Activations = Annotated[str, typer.Option(help="Where they are stored: device, cpu, disk; auto by what is free.")]
+OffloadFolder = Annotated[str | None, typer.Option(help="Where on disk; beside the output.", metavar="DIR")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files in the model's folder.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log steps; twice: tracebacks too.")]
 
@@ -172,6 +174,8 @@ def quantize_command(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     offload: Offload = DEFAULT.offload,
+    activations: Activations = DEFAULT.activations,
+    offload_folder: OffloadFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")] = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
@@ -182,8 +186,13 @@ def quantize_command(
     Recipe.of(**options)  # a wrong option is told before torch is imported
     from mbq.pipeline import quantize
 
-    with shown(_errors()) as progress:
-        result = quantize(model, output=output, resume=resume, progress=progress, **options)
+    console = _errors()
+
+    def announce(plan: object) -> None:
+        console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
+
+    with shown(console) as progress:
+        result = quantize(model, output=output, resume=resume, progress=progress, announce=announce, **options)
     if ranks.rank() == 0:
         typer.echo(str(result))
 
@@ -195,13 +204,19 @@ def inspect_command(
     group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale (128).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="A linear to keep in 16 bits; repeatable.")] = None,
     vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
+    method: Annotated[str, typer.Option(help="mbq, awq, fixed, smoothquant or rtn.")] = DEFAULT.method,
     num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
     max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    offload: Offload = DEFAULT.offload,
+    activations: Activations = DEFAULT.activations,
+    offload_folder: OffloadFolder = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show what would be quantized, sizes before and after, and the memory it takes; reads only the configuration."""
+    """Show what would be quantized, sizes, memory, disk and time; reads only the configuration."""
     options = {name: value for name, value in locals().items() if name not in ("model", "verbose")}
     options["ignore"] = ignore or ()
     Recipe.of(**options)
@@ -254,6 +269,8 @@ def sensitivity_command(
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     offload: Offload = DEFAULT.offload,
+    activations: Activations = DEFAULT.activations,
+    offload_folder: OffloadFolder = None,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:

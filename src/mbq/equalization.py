@@ -99,34 +99,39 @@ def gradient_weights(roles: TokenRoles, language: float, vision: float) -> torch
 
 def best_candidate(
     mean_abs: torch.Tensor,
-    losses: Callable[[torch.Tensor, int | None], torch.Tensor],
+    losses: Callable[[torch.Tensor, int], torch.Tensor],
     name: str,
     tokens: int | None = None,
-    weighted: int = 0,
+    weighted: int = 1,
 ) -> Choice:
     """The candidate with the least loss, the first of equals; one that is not finite never wins.
 
-    ``losses(E [candidate, channel], count)`` are theirs, on about ``count`` of the ``weighted`` tokens, or on all
-    (None). Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all candidates are compared on ``tokens``,
-    a quarter of them again on four times as many, and so on until one is left or all tokens were looked at. A
-    candidate's loss is that of the last round it was in. ``tokens`` None: one round on everything.
+    ``losses(E [candidate, channel], count)`` are theirs, on about ``count`` of the ``weighted`` tokens. Successive
+    halving (Jamieson and Talwalkar, arXiv 1502.07943): all candidates are compared on ``tokens``, a quarter of them
+    again on four times as many, and so on. A candidate's loss is that of the last round that it was in. ``tokens``
+    None: one round, on everything.
 
     Raises MBQError, with the group's ``name``, where no candidate has a finite loss.
     """
     vectors = candidates(mean_abs)
-    found = torch.full((len(vectors),), math.nan, dtype=torch.float64)
-    alive, count = list(range(len(vectors))), tokens if tokens is not None and tokens < weighted else None
-    while True:
+    found, alive = torch.full((len(vectors),), math.nan, dtype=torch.float64), list(range(len(vectors)))
+    for number, count in rounds(tokens, weighted):
+        alive = sorted(alive[:number])
         found[alive] = ranks.total(losses(vectors[alive], count).double()).cpu()
         alive = sorted((index for index in alive if math.isfinite(found[index])), key=found.tolist().__getitem__)
         if not alive:
             raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")
-        stay = -(-len(alive) // QUARTER)
-        if count is None or stay < 2:
-            break
-        alive, count = sorted(alive[:stay]), QUARTER * count if QUARTER * count < weighted else None
-    best = alive[0]
-    return Choice(vectors[best], ALPHAS[best], tuple(found.tolist()))
+    return Choice(vectors[alive[0]], ALPHAS[alive[0]], tuple(found.tolist()))
+
+
+def rounds(tokens: int | None, weighted: int) -> list[tuple[int, int]]:
+    """How many candidates are compared on how many of the ``weighted`` tokens, round after round."""
+    number, count = len(ALPHAS), weighted if tokens is None else min(tokens, weighted)
+    found = [(number, count)]
+    while count < weighted and number > 2:
+        number, count = -(-number // QUARTER), min(QUARTER * count, weighted)
+        found.append((number, count))
+    return found
 
 
 def drawn(weights: torch.Tensor, count: int) -> torch.Tensor:

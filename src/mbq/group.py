@@ -73,9 +73,8 @@ class Group:
         tokens  that a first comparison of all candidates looks at (``best_candidate``); None: every comparison, at all
         """
 
-        def losses(vectors: torch.Tensor, count: int | None) -> torch.Tensor:
-            weights = token_weights if count is None else self._drawn(token_weights, count)
-            pieces = self._pieces(weights[self.roles.own])
+        def losses(vectors: torch.Tensor, count: int) -> torch.Tensor:
+            pieces = self._pieces(self._drawn(token_weights, count)[self.roles.own])
             largest = max((piece.x.nbytes for piece in pieces), default=1)
             several = 1 if self._token_wise() else max(1, _AT_ONCE // largest)
             return torch.cat([self._losses(some, pieces, POWERS[norm]) for some in vectors.split(several)])
@@ -85,12 +84,12 @@ class Group:
 
     def _drawn(self, token_weights: torch.Tensor, count: int) -> torch.Tensor:
         """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""
-        if self._token_wise():
+        weighted = int((token_weights > 0).sum())
+        if self._token_wise() or count >= weighted:
             return drawn(token_weights, count)
         batches = token_weights.split(self.roles.lengths)
         whole = torch.stack([weights.double().sum() for weights in batches])
-        share = count / int((token_weights > 0).sum())
-        kept = drawn(whole, math.ceil(share * len(batches)))
+        kept = drawn(whole, math.ceil(count / weighted * len(batches)))
         return torch.cat([w * (new / old if old else 0) for w, new, old in zip(batches, kept, whole, strict=True)])
 
     def _losses(self, vectors: torch.Tensor, pieces: Sequence[_Piece], power: int) -> torch.Tensor:

@@ -15,12 +15,14 @@ from transformers import AutoConfig
 
 from mbq.architecture import bind
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
+from mbq.cost import Cost, cost_of, speed
 from mbq.errors import MBQError
-from mbq.loading import auto_class, read_config, torch_dtype
+from mbq.loading import auto_class, read_config, torch_device, torch_dtype
 from mbq.output import ignored
 from mbq.pipeline import target_schemes
-from mbq.placement import weight_bytes
+from mbq.placement import Plan, gigabytes, make_plan
 from mbq.recipe import Recipe
+from mbq.room import room, storing_folder
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,14 @@ class Inspection:
 
     quantized      (scheme, [outputs, inputs]) -> how many linears
     kept           the same of the linears that stay in 16 bits
-    bytes_before   of all tensors
-    bytes_after    of the quantized checkpoint's
-    bytes_apart    of what ``--offload blocks`` keeps on the device: all but the blocks, and the largest block
-    bytes_inputs   of the inputs of all blocks for all samples, at their full length: what the sensitivity stores
+    cost           bytes and operations, every sample at its full length
+    plan           where everything would be on this machine, or the sentence why it does not fit
     """
 
     quantized: Counter[tuple[str, tuple[int, int]]]
     kept: Counter[tuple[int, int]]
-    bytes_before: int
-    bytes_after: int
-    bytes_apart: int
-    bytes_inputs: int
+    cost: Cost
+    plan: Plan | str
 
 
 def inspect(model: str | Path, **options: Any) -> Inspection:
@@ -51,20 +49,36 @@ def inspect(model: str | Path, **options: Any) -> Inspection:
     linears = {name: each for name, each in binding.model.named_modules() if isinstance(each, nn.Linear)}
     shapes = {name: (each.out_features, each.in_features) for name, each in linears.items()}
     ignore, others = ignored(binding, recipe)
-    before = weight_bytes(binding.model)
-    blocks = [weight_bytes(block) for block in binding.blocks]
-    tokens = recipe.num_calibration_samples * recipe.max_seq_length
-    config: Any = binding.model.config
-    hidden = (getattr(config, "llm_config", None) or config.get_text_config()).hidden_size
-    state = hidden * next(binding.blocks.parameters()).itemsize
+    packed = checkpoint_bytes(binding.model, quantization_config(recipe.numbers, ignore, others))
+    cost = cost_of(binding, _full_lengths(recipe), recipe, packed)
     return Inspection(
         quantized=Counter((scheme.name, shapes[name]) for name, scheme in targets.items()),
         kept=Counter(shapes[name] for name in linears if name not in targets),
-        bytes_before=before,
-        bytes_after=checkpoint_bytes(binding.model, quantization_config(recipe.numbers, ignore, others)),
-        bytes_apart=before - sum(blocks) + max(blocks),
-        bytes_inputs=tokens * state * len(blocks),
+        cost=cost,
+        plan=_plan_here(cost, recipe, next(binding.blocks.parameters()).dtype),
     )
+
+
+def _full_lengths(recipe: Recipe) -> list[tuple[int, int]]:
+    samples, each = recipe.num_calibration_samples, recipe.batch_size
+    return [(min(each, samples - first), recipe.max_seq_length) for first in range(0, samples, each)]
+
+
+def _plan_here(cost: Cost, recipe: Recipe, dtype: torch.dtype) -> Plan | str:
+    device = torch_device(recipe.device)
+    free = room(device, storing_folder(recipe.offload_folder, Path.cwd() / "output"))
+    try:
+        return make_plan(
+            cost,
+            free,
+            device,
+            offload=recipe.offload,
+            activations=recipe.activations,
+            samples=recipe.num_calibration_samples,
+            speed=speed(device, dtype) if cost.search else None,
+        )
+    except MBQError as error:
+        return str(error)
 
 
 def _shapes(model: str | Path, recipe: Recipe) -> Any:
@@ -99,15 +113,11 @@ def inspection_table(found: Inspection) -> Table:
 
 def inspection_lines(found: Inspection) -> str:
     """Sizes and memory, a sentence a line."""
-    before, after, apart, inputs = (
-        _gigabytes(each) for each in (found.bytes_before, found.bytes_after, found.bytes_apart, found.bytes_inputs)
-    )
+    cost = found.cost
+    before, after, apart, working = (gigabytes(each) for each in (cost.weights, cost.packed, cost.apart, cost.working))
     return (
         f"{before} become {after} on disk.\n"
-        f"On the device: {before}, or {apart} with --offload blocks; beside it, what one block's search works with.\n"
-        f"Where modalities are weighed, the inputs of all blocks are kept: up to {inputs}, with samples of full length."
+        f"On the device: {before}, or {apart} with --offload blocks; beside it, up to {working} for one step.\n"
+        "On this machine, with every sample at its full length:\n"
+        f"{found.plan}"
     )
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB" if count >= 1e7 else f"{count / 1e6:,.2f} MB"

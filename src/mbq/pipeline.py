@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,15 +20,17 @@ from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.checkpoint.folder import check_new, check_space
 from mbq.checkpoint.state import RunState, files_hash, kept_by_rank_0, run_state
+from mbq.cost import cost_of, speed, weight_bytes
 from mbq.errors import MBQError
 from mbq.finished import FinishedBlocks, linear_of
 from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import Measured, ignored, write_folder
-from mbq.placement import Placement, place, weight_bytes
+from mbq.placement import Plan, make_plan, place
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
 from mbq.recipe import Recipe, package_versions
+from mbq.room import room, storing_folder
 from mbq.rows import Row, check_images, data_hash, read_rows
 from mbq.scheme import SCHEMES, Scheme
 from mbq.search import GroupSearch, equalize_model
@@ -38,7 +40,7 @@ from mbq.vision_tower import smooth_vision_tower, tower_linears
 log = logging.getLogger(__name__)
 
 # Options that change no number, or that the hash of the data stands for.
-NO_NUMBERS = ("data", "images", "text", "offload", "max_shard_size")
+NO_NUMBERS = ("data", "images", "text", "offload", "activations", "offload_folder", "max_shard_size")
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def quantize(
     output: str | Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
+    announce: Callable[[Plan], None] | None = None,
     **options: Any,
 ) -> QuantizationResult:
     """Quantize a vision-language model, and write it to the new folder ``output`` if one is given.
@@ -92,6 +95,7 @@ def quantize(
     model    a folder, a hub id, or a loaded model with its ``processor``; a loaded model is copied, not changed
     data     calibration rows: a file or folder that ``read_rows`` reads, or its rows; the method "rtn" needs none
     resume   go on with an unfinished run of the same ``output`` and options, block by block, if there is one
+    announce  is called with where everything will be and about how long it takes, before anything is computed
     options  the other fields of ``Recipe``
 
     Under torchrun the ranks share the samples of one quantization; each calls this with the same arguments.
@@ -112,25 +116,29 @@ def quantize(
             own, processor, name = _float_model(model, processor, recipe)
             binding = bind(own)
             targets = target_schemes(binding, recipe)
-            placement = _place(binding, model, recipe)
+            packed = checkpoint_bytes(own, quantization_config(recipe.numbers, *ignored(binding, recipe)))
             if output is not None and ranks.rank() == 0:  # before hours of work, not after
-                config = quantization_config(recipe.numbers, *ignored(binding, recipe))
-                check_space(output, checkpoint_bytes(own, config))
+                check_space(output, packed)
         before = weight_bytes(own)
         with _timed(seconds, "calibrate"):
             batches = _batches(rows, processor, binding, recipe, progress)
+            plan = _plan(binding, batches, recipe, packed, isinstance(model, nn.Module), output, state)
+            if announce is not None and ranks.rank() == 0:
+                announce(plan)
+            if not isinstance(model, nn.Module):
+                place(binding, plan)
         sensitivity = None
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
-                sensitivity = _measured(binding, batches, recipe, placement, progress, state)
+                sensitivity = _measured(binding, batches, recipe, plan, progress, state)
         finished = FinishedBlocks(binding, targets, chosen, state) if ranks.rank() == 0 else None
         with _timed(seconds, "search"):
-            search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, placement, progress, finished)
+            search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, plan, progress, finished)
         after, folder = 0, None
         if finished is not None:
             with _timed(seconds, "quantize"):
                 finished.pack_rest(progress)
-                if placement.blocks:
+                if plan.blocks:
                     own.to("cpu")  # as a whole again
             after = weight_bytes(own)
         if finished is not None and output is not None:
@@ -187,8 +195,11 @@ def measure_sensitivity(
     rows = _rows(recipe, rows)
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
     binding = bind(own)
-    placement = _place(binding, model, recipe)
-    return _measured(binding, _batches(rows, processor, binding, recipe, progress), recipe, placement, progress, None)
+    batches = _batches(rows, processor, binding, recipe, progress)
+    plan = _plan(binding, batches, recipe, 0, isinstance(model, nn.Module), searches=False)
+    if not isinstance(model, nn.Module):
+        place(binding, plan)
+    return _measured(binding, batches, recipe, plan, progress, None)
 
 
 def _method(name: str) -> Method:
@@ -231,13 +242,43 @@ def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False)
     return model if keep else copy.deepcopy(model), processor, name
 
 
-def _place(binding: Binding, model: Any, recipe: Recipe) -> Placement:
-    """A model that was given loaded stays where it is."""
-    if isinstance(model, nn.Module):
-        return Placement(device_of(binding.model))
-    placement = place(binding, torch_device(ranks.own_device(recipe.device)), recipe.offload)
-    log.info("%s", placement)
-    return placement
+def _plan(
+    binding: Binding,
+    batches: list[CalibrationBatch],
+    recipe: Recipe,
+    packed: int,
+    loaded: bool,
+    output: str | Path | None = None,
+    state: RunState | None = None,
+    searches: bool = True,
+) -> Plan:
+    """Where everything will be. A model that was given ``loaded`` stays where it is."""
+    device = device_of(binding.model) if loaded else torch_device(ranks.own_device(recipe.device))
+    own = batches[ranks.part(len(batches))] if batches else []
+    lengths = [(batch.labels.shape[0], batch.labels.shape[1]) for batch in own]
+    cost = cost_of(binding, lengths, recipe, packed)
+    if loaded:
+        cost = replace(cost, weights=0)
+    if not searches:
+        cost = replace(cost, traces=0, copies=0, search=0)
+    if state is not None and state.sensitivity is not None:
+        cost = replace(cost, inputs=0, sensitivity=0)
+    free = room(device, storing_folder(recipe.offload_folder, output))
+    free = replace(free, cpu=free.cpu // ranks.neighbours(), disk=free.disk // ranks.neighbours())
+    if output is not None:  # finished blocks, and then the folder
+        free = replace(free, disk=free.disk - 2 * packed)
+    plan = make_plan(
+        cost,
+        free,
+        device,
+        offload="none" if loaded else recipe.offload,
+        activations=recipe.activations,
+        samples=recipe.num_calibration_samples,
+        speed=speed(device, next(binding.blocks.parameters()).dtype) if cost.sensitivity + cost.search else None,
+    )
+    for line in str(plan).splitlines():
+        log.info("%s", line)
+    return plan
 
 
 def target_schemes(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
@@ -289,7 +330,7 @@ def _measured(
     binding: Binding,
     batches: list[CalibrationBatch],
     recipe: Recipe,
-    placement: Placement,
+    plan: Plan,
     progress: Progress,
     state: RunState | None,
 ) -> Sensitivity:
@@ -299,7 +340,7 @@ def _measured(
     known = ranks.from_first(None if state is None else state.sensitivity)
     if known is not None:
         return Sensitivity.from_json(known)
-    measured = measure(binding, batches, parity=recipe.parity, storage=placement.storage, progress=done)
+    measured = measure(binding, batches, parity=recipe.parity, storage=plan.storage(plan.inputs), progress=done)
     if state is not None:
         state.keep_sensitivity(measured.to_json())
     return measured
@@ -312,7 +353,7 @@ def _equalize(
     targets: Collection[str],
     sensitivity: Sensitivity | None,
     recipe: Recipe,
-    placement: Placement,
+    plan: Plan,
     progress: Progress,
     finished: FinishedBlocks | None,
 ) -> list[GroupSearch]:
@@ -337,7 +378,7 @@ def _equalize(
         options,
         sensitivity=sensitivity,
         targets=targets,
-        storage=placement.storage,
+        storage=plan.storage(plan.traces),
         finished=finished,
         progress=progress,
     )

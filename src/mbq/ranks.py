@@ -43,6 +43,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0)) if count() > 1 else 0
 
 
+def neighbours() -> int:
+    """The processes of the run on this host, which share its memory and disk."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if count() > 1 else 1
+
+
 @contextmanager
 def joined() -> Iterator[None]:
     """Inside, the processes of the run exchange tensors. A group that the caller has made must take those of the CPU.

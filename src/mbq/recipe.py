@@ -56,6 +56,9 @@ class Recipe:
     device, dtype            of the float model; "auto" is the GPU if there is one, and the folder's dtype
     offload                  "blocks" keeps all decoder blocks but one in the CPU's memory, "none" puts the whole model
                              on the device; "auto" decides by what is free there
+    activations              where those are stored that a block needs again: on the "device", in the memory of the
+                             "cpu" or on "disk"; "auto" is the first of them that has room
+    offload_folder           where on disk; None is beside the output, or the system's folder for temporary files
     trust_remote_code        run the Python files of the model's folder
 
     Raises MBQError for a value that no option has.
@@ -87,6 +90,8 @@ class Recipe:
     device: str = "auto"
     dtype: str = _one_of("auto", "auto", "bfloat16", "float16", "float32")
     offload: str = _one_of("auto", "auto", "blocks", "none")
+    activations: str = _one_of("auto", "auto", "device", "cpu", "disk")
+    offload_folder: str | None = None
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
@@ -117,7 +122,7 @@ class Recipe:
             options["ignore"] = (options["ignore"],)
         if "ignore" in options:
             options["ignore"] = tuple(options["ignore"])
-        for name in ("data", "images", "text"):
+        for name in ("data", "images", "text", "offload_folder"):
             if options.get(name) is not None:
                 options[name] = str(options[name])
         return cls(**options)
@@ -159,7 +164,7 @@ def recipe_yaml(recipe: Recipe, base_model: str, data_hash: str | None) -> str:
     Folders are the machine's own business: of a path, only the last part is written.
     """
     options = asdict(recipe) | {"ignore": list(recipe.ignore), "group_size": recipe.numbers.weights.group_size}
-    options |= {name: _last_part(options[name]) for name in ("data", "images", "text")}
+    options |= {name: _last_part(options[name]) for name in ("data", "images", "text", "offload_folder")}
     content = {"model": base_model, **options, "data_sha256": data_hash, "versions": package_versions()}
     return yaml.safe_dump(content, sort_keys=False)
 

@@ -22,6 +22,7 @@ from mbq.progress import Progress, silent
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import Scheme
 from mbq.sensitivity import PARTS, Sensitivity, ratios
+from mbq.storage import Keep, kept
 
 if TYPE_CHECKING:
     from mbq.finished import FinishedBlocks
@@ -61,15 +62,15 @@ def equalize_model(
     *,
     sensitivity: Sensitivity | None = None,
     targets: Collection[str] | None = None,
-    storage: torch.device | None = None,
+    storage: Keep | None = None,
     finished: FinishedBlocks | None = None,
     progress: Progress = silent,
 ) -> list[GroupSearch]:
     """Search and fold every block, in place: weights stay float, and the model's function stays what it was.
 
     ``targets`` are the full names of the linears that will be quantized (None: all of the groups'); the others are
-    folded, but stay float in every candidate. ``sensitivity`` is what methods that weigh need. Activations are kept on
-    ``storage``, by default where they are made. ``finished`` takes each block that is done, and may have had some
+    folded, but stay float in every candidate. ``sensitivity`` is what methods that weigh need. ``storage`` keeps
+    activations, by default where they are made. ``finished`` takes each block that is done, and may have had some
     done before (but not with ``distorted_input``, where what a block sees depends on the quantized ones before it).
     Of several ranks each runs its part of ``batches``, and only rank 0's weights are folded.
 
@@ -91,7 +92,7 @@ def equalize_model(
     _check_norms(binding)
     groups = binding.architecture.groups
     hidden, calls = capture(binding, batches[ranks.part(len(batches))], storage)
-    seen = hidden
+    seen = hidden if options.distorted_input else []
     rows: list[GroupSearch] = []
     for index in range(len(binding.blocks)):
         with placed(binding, index, changes=ranks.rank() == 0) as block:
@@ -113,9 +114,10 @@ def equalize_model(
             searched = search.block(index, floats, reads)
             if options.distorted_input:
                 pairs = zip(seen, calls[index], strict=True)
-                seen = [search.quantized(index, states, call).to(states.device) for states, call in pairs]
+                seen = [kept(search.quantized(index, states, call), storage) for states, call in pairs]
             if finished is not None:
                 finished.keep(index, searched)
+            del floats, reads  # before the next block's are made
         rows += searched
         progress("search", index + 1, len(binding.blocks), _note(index, searched))
     return rows

@@ -16,6 +16,7 @@ from mbq.architecture import Binding
 from mbq.blocks import Call, capture, check_outputs, device_of, evaluating, forward, hooked, passing, placed, run, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.errors import MBQError
+from mbq.storage import Keep, kept
 
 PARTS = ("attn", "mlp")
 # float16 has no number below 6e-8, and the gradients of the paper's figure are 1.7e-8.
@@ -49,14 +50,14 @@ def measure(
     batches: Sequence[CalibrationBatch],
     *,
     parity: bool = False,
-    storage: torch.device | None = None,
+    storage: Keep | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivity:
     """Run the float model forward and backward on every batch. The model is left as it was.
 
     A sample's loss is the mean cross entropy of its answer tokens, so the batch size changes nothing. ``progress`` is
-    called with the number of blocks that the gradient has passed. ``parity`` takes the released language mask. The
-    blocks' inputs are kept on ``storage``, by default where they are made. Of several ranks each runs its part.
+    called with the number of blocks that the gradient has passed. ``parity`` takes the released language mask.
+    ``storage`` keeps the blocks' inputs, by default where they are made. Of several ranks each runs its part.
 
     Raises MBQError where no sample has an image, a sample has no answer, or a loss or gradient is not finite.
     """
@@ -101,7 +102,7 @@ def ratios(sensitivity: Sensitivity, floor: float | None = None) -> dict[str, tu
 def token_gradients(
     binding: Binding,
     batches: Sequence[CalibrationBatch],
-    storage: torch.device | None = None,
+    storage: Keep | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[torch.Tensor]:
     """Mean over channels of |dL/dY|, [block, part, batch, token] in float32 a batch, parts in the order of ``PARTS``.
@@ -126,7 +127,7 @@ def token_gradients(
                 for number, (states, call) in enumerate(zip(inputs.pop(), calls[index], strict=True)):
                     before, parts = _block_gradients(binding, block, states, call, passed[number])
                     found[number][index] = torch.stack([part.float().abs().mean(-1).cpu() for part in parts]) / scale
-                    passed[number] = _kept(before, storage)
+                    passed[number] = kept(before, storage)
             if progress is not None:
                 progress(len(binding.blocks) - index)
     return [_finite(each) for each in found]
@@ -137,7 +138,7 @@ def _head_gradients(
     batches: Sequence[CalibrationBatch],
     states: Sequence[torch.Tensor],
     scale: float,
-    storage: torch.device | None,
+    storage: Keep | None,
 ) -> list[torch.Tensor]:
     """dL/d(output of the last block), times ``scale``: the model runs with nothing in its blocks but their outputs."""
     device, gradients = device_of(binding.model), []
@@ -145,7 +146,7 @@ def _head_gradients(
         leaf = hidden.detach().to(device).requires_grad_(True)
         with torch.enable_grad(), passing(binding, _always(leaf)):
             loss = answer_loss(forward(binding.model, batch).logits, batch.labels) * scale
-            gradients.append(_kept(torch.autograd.grad(loss, leaf)[0], storage))
+            gradients.append(kept(torch.autograd.grad(loss, leaf)[0], storage))
     return gradients
 
 
@@ -183,10 +184,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _kept(states: torch.Tensor, storage: torch.device | None) -> torch.Tensor:
-    return states if storage is None else states.to(storage)
 
 
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

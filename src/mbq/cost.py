@@ -1,0 +1,236 @@
+"""What a run takes, in bytes and in operations, counted from shapes: of a loaded model or of one without weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mbq.architecture import Binding, LinearGroup
+from mbq.equalization import rounds
+from mbq.group import _TOKENS_AT_ONCE
+from mbq.methods import METHODS
+from mbq.recipe import Recipe
+
+# Of the speed of one square matrix product: what the products of a run reach, with all that is done in between.
+# Measured on the demo's model, float32 on one CPU core: 0.5 to 0.6.
+EFFICIENCY = 0.5
+SECONDS_OF_TRIAL = 0.2
+
+Lengths = Sequence[tuple[int, int]]  # of each calibration batch: samples, and tokens of the longest
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes, and multiplications and additions (two for each weight and token).
+
+    weights      of the float model
+    apart        of all but its blocks, and of the largest block
+    packed       of the quantized checkpoint
+    working      what one step makes on the device at most, beside weights and what is stored: on the safe side
+    inputs       the inputs of all blocks, their gradients and calls: stored for the sensitivity
+    traces       one block's hidden states and what its groups see, stored for the search
+    copies       of the tokens that a search evaluates, in memory wherever the traces are
+    sensitivity, search   operations
+    """
+
+    weights: int
+    apart: int
+    packed: int
+    working: int
+    inputs: int
+    traces: int
+    copies: int
+    sensitivity: int
+    search: int
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of parameters and buffers; tied ones once."""
+    return sum(each.nbytes for each in {id(each): each for each in (*module.parameters(), *module.buffers())}.values())
+
+
+def cost_of(binding: Binding, lengths: Lengths, recipe: Recipe, packed: int) -> Cost:
+    """For these calibration batches; ``packed`` are the bytes of the quantized checkpoint."""
+    shapes, method = Shapes(binding), METHODS[recipe.method]
+    weights, blocks = weight_bytes(binding.model), [weight_bytes(block) for block in binding.blocks]
+    searches = method.equalize is not None
+    return Cost(
+        weights=weights,
+        apart=weights - sum(blocks) + max(blocks),
+        packed=packed,
+        working=working_bytes(shapes, lengths, recipe),
+        inputs=input_bytes(shapes, lengths) if method.weighs else 0,
+        traces=trace_bytes(shapes, lengths) * (2 if recipe.distorted_input else 1) if searches else 0,
+        copies=copied_bytes(shapes, lengths, recipe) if searches else 0,
+        sensitivity=sensitivity_operations(shapes, lengths) if method.weighs else 0,
+        search=search_operations(shapes, lengths, recipe) if searches else 0,
+    )
+
+
+class Shapes:
+    """Widths of a model whose blocks are alike.
+
+    itemsize   bytes of a number
+    blocks     how many
+    groups     of the architecture
+    sizes      [out, in] of each linear of a block, by its path
+    hidden     channels of the hidden states
+    intermediate  channels of the MLP
+    attention  channels that o_proj reads: heads times their width
+    head_dim   of one head
+    head       [out, in] of the linear that makes logits: none has more outputs
+    eager      whether attention is transformers' plain code, which makes all scores
+    """
+
+    def __init__(self, binding: Binding) -> None:
+        architecture = binding.architecture
+        weights = {path: binding.module(0, path).get_parameter("weight") for path in architecture.group_linears()}
+        self.sizes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
+        self.itemsize = weights[architecture.attn_output].itemsize
+        self.blocks, self.groups = len(binding.blocks), architecture.groups
+        self.hidden, self.attention = self.sizes[architecture.attn_output]
+        self.intermediate = self.sizes[architecture.mlp_output][1]
+        holder: Any = binding.module(0, architecture.attn_output.rpartition(".")[0])
+        self.head_dim = int(getattr(holder, "head_dim", self.attention))
+        kept = [binding.model.get_submodule(name).get_parameter("weight").shape for name in binding.kept]
+        self.head = max(((shape[0], shape[1]) for shape in kept), key=lambda shape: shape[0])
+        config: Any = getattr(holder, "config", binding.model.config)
+        self.eager = getattr(config, "_attn_implementation", "eager") == "eager"
+
+    def inside(self, module: str) -> int:
+        """Weights of the linears in a module of a block, "" for all of them; one linear is a module too."""
+        paths = [path for path in self.sizes if not module or f"{path}.".startswith(f"{module}.")]
+        return sum(self.sizes[path][0] * self.sizes[path][1] for path in paths)
+
+    def searched(self, recipe: Recipe) -> list[LinearGroup]:
+        """Without o_proj where v_proj has fewer rows and nothing asks for the fold."""
+        return [
+            group
+            for group in self.groups
+            if recipe.gqa_fold
+            or group.prev not in self.sizes
+            or self.sizes[group.prev][0] == self.sizes[group.linears[0]][1]
+        ]
+
+
+def token_count(lengths: Lengths) -> int:
+    return sum(samples * tokens for samples, tokens in lengths)
+
+
+def longest_batch(lengths: Lengths) -> int:
+    return max((samples * tokens for samples, tokens in lengths), default=0)
+
+
+def compared(lengths: Lengths, recipe: Recipe) -> list[tuple[int, int]]:
+    """Candidates and tokens of each round of a search, as if every token weighed something."""
+    return rounds(None if recipe.parity else recipe.search_tokens or None, token_count(lengths))
+
+
+def evaluated_tokens(lengths: Lengths, recipe: Recipe) -> int:
+    """The most tokens on which a round compares its candidates."""
+    return max(tokens for _, tokens in compared(lengths, recipe))
+
+
+def call_bytes(shapes: Shapes, lengths: Lengths) -> int:
+    """What a block is called with beside hidden states: positions, their cosines and sines, a mask against padding."""
+    rotary = token_count(lengths) * (8 + 2 * shapes.head_dim * shapes.itemsize)
+    each = shapes.itemsize if shapes.eager else 1  # a number to add, or whether a token is seen
+    return rotary + sum(n * tokens**2 * each for n, tokens in lengths if n > 1 or shapes.eager)
+
+
+def input_bytes(shapes: Shapes, lengths: Lengths) -> int:
+    """The inputs of all blocks, the output of the last, and the gradient passed back: a batch has it twice for once."""
+    numbers = (shapes.blocks + 2) * token_count(lengths) + longest_batch(lengths)
+    return numbers * shapes.hidden * shapes.itemsize + call_bytes(shapes, lengths)
+
+
+def trace_bytes(shapes: Shapes, lengths: Lengths) -> int:
+    """What goes into a block, its groups and its attention, and what comes out of block, attention and MLP."""
+    read = sum(shapes.sizes[group.linears[0]][1] for group in shapes.groups)
+    return token_count(lengths) * (read + 4 * shapes.hidden) * shapes.itemsize + 2 * call_bytes(shapes, lengths)
+
+
+def copied_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
+    """Inputs and targets of the widest group that is evaluated token by token."""
+    widest = max(shapes.hidden, shapes.intermediate) + shapes.hidden
+    return evaluated_tokens(lengths, recipe) * widest * shapes.itemsize
+
+
+def working_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
+    """The largest of three, each an upper bound of what is alive at one time.
+
+    head      logits of a batch, their gradient and their float32 copies at the answers (half of the tokens)
+    backward  what autograd keeps of a block: about ten tensors of its width, four of attention's, six of the MLP's
+    search    one candidate: float32 copies of the largest weight, all weights of its group, and what the attention
+              makes of a batch or the MLP of its tokens, with float32 copies of what is compared and quantized
+    """
+    if recipe.method == "rtn":
+        lengths = ()
+    item, hidden, inner = shapes.itemsize, shapes.hidden, shapes.intermediate
+    longest = longest_batch(lengths)
+    squares = max((samples * tokens**2 for samples, tokens in lengths), default=0)
+    scores = squares * (shapes.attention // shapes.head_dim) * (2 * item + 4) if shapes.eager else 0
+    head = longest * shapes.head[0] * (3 * item + 5)
+    backward = longest * item * (10 * hidden + 4 * shapes.attention + 6 * inner) + 16 * longest * hidden + 2 * scores
+    largest = max(out * width for out, width in shapes.sizes.values())
+    group = max(sum(shapes.inside(path) for path in each.linears) for each in shapes.groups)
+    weights = (12 + 2 * item) * largest + item * group
+    quantized = 12 if recipe.numbers.activations is not None else 0
+    at_once = min(_TOKENS_AT_ONCE, evaluated_tokens(lengths, recipe))
+    mlp = at_once * (item * (4 * inner + 2 * hidden) + 12 * hidden + quantized * inner)
+    attention = longest * (item * (8 * shapes.attention + 2 * hidden) + (12 + quantized) * hidden) + scores
+    return max(head if METHODS[recipe.method].weighs else 0, backward, weights + max(mlp, attention))
+
+
+def attention_operations(shapes: Shapes, lengths: Lengths) -> int:
+    """Scores and the sum of values, of one block."""
+    return sum(4 * samples * tokens**2 * shapes.attention for samples, tokens in lengths)
+
+
+def sensitivity_operations(shapes: Shapes, lengths: Lengths) -> int:
+    """Every block forward, again from its stored input, and backward to activations alone; the head both ways.
+
+    A linear costs the same backward as forward, as no weight has a gradient; the attention's two products cost twice.
+    """
+    tokens = token_count(lengths)
+    block = 3 * 2 * shapes.inside("") * tokens + 4 * attention_operations(shapes, lengths)
+    return shapes.blocks * block + 2 * 2 * shapes.head[0] * shapes.head[1] * tokens
+
+
+def search_operations(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
+    """Every block forward, and the inspected module of each group for every candidate (SmoothQuant has none)."""
+    tokens, attention = token_count(lengths), attention_operations(shapes, lengths)
+    evaluated = sum(number * count for number, count in compared(lengths, recipe))
+    block = 2 * shapes.inside("") * tokens + attention
+    for group in shapes.searched(recipe) if recipe.method != "smoothquant" and tokens else ():
+        mixes = group.part == "attn" and group.inspect not in shapes.sizes
+        block += 2 * shapes.inside(group.inspect) * evaluated + (attention * evaluated // tokens if mixes else 0)
+    return shapes.blocks * block
+
+
+def speed(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of a square matrix product, tried out on the device for a moment."""
+    size = 4096 if device.type == "cuda" else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    done, started = -1, 0.0  # the first product also sets the library up
+    while done < 1 or time.perf_counter() - started < SECONDS_OF_TRIAL:
+        torch.mm(matrix, matrix)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        done += 1
+        started = started if done else time.perf_counter()
+    return done * 2 * size**3 / (time.perf_counter() - started)
+
+
+def seconds(cost: Cost, operations_a_second: float) -> float:
+    """About how long sensitivity and search take.
+
+    Left out are reading, loading, the vision tower, the rounding of weights, moving blocks and activations to the
+    device and back, and writing: on a machine whose disk or bus is the bottleneck a run takes longer.
+    """
+    return (cost.sensitivity + cost.search) / (EFFICIENCY * operations_a_second)
