@@ -318,7 +318,7 @@ def test_hosts_with_other_data_are_refused(command: list[str], tmp_path: Path) -
 def test_other_commands_are_rank_0s(model: Path, tmp_path: Path) -> None:
     first, second = run(2, ["inspect", str(model), "--group-size", "32"], tmp_path)
     assert first.status == second.status == 0
-    assert "Where modalities are weighed" in first.out
+    assert "Activations: every block's inputs" in first.out
     assert (second.out, second.err) == ("", "")
 
 

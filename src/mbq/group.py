@@ -147,7 +147,7 @@ class Group:
 
     def _counted(self) -> Iterator[torch.Tensor]:
         """[token, channel] a batch, on the module's device: what is kept elsewhere must give the same numbers."""
-        for x, counted in zip(self.seen.inputs, self._split(self.roles.counted), strict=True):
+        for x, counted in zip(self.seen.inputs, self._split(self.roles.counted[self.roles.own]), strict=True):
             yield _rows([x], counted.nonzero().flatten()).to(device_of(self.module))
 
     def _split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
