@@ -29,12 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import mbq
 from benchmarks.decode_step import qwen2_vl
 from mbq import group, ranks
-from mbq.architecture import Binding, bind
+from mbq.architecture import bind
 from mbq.calibration import CalibrationBatch
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config, save_model
 from mbq.cost import cost_of

@@ -54,10 +54,12 @@ class GroupTrace:
     outputs: list[torch.Tensor]
 
 
+# Hidden states that go into the first block, a batch; and ``calls[block][batch]``.
+Inputs = tuple[list[torch.Tensor], list[list[Call]]]
+
+
 @torch.no_grad()
-def capture(
-    binding: Binding, batches: Sequence[CalibrationBatch], storage: Keep | None = None
-) -> tuple[list[torch.Tensor], list[list[Call]]]:
+def capture(binding: Binding, batches: Sequence[CalibrationBatch], storage: Keep | None = None) -> Inputs:
     """The first block's hidden states [batch, token, channel] a batch, and ``calls[block][batch]`` of every block.
 
     The model runs without its blocks, which are let through as zeros: what a later block gets is what the model added.

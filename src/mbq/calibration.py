@@ -109,10 +109,7 @@ def calibration_batches(
         if progress is not None:
             progress(done)
     pad = processor.tokenizer.pad_token_id
-    return [
-        collate(samples[start : start + batch_size], 0 if pad is None else pad)
-        for start in range(0, len(samples), batch_size)
-    ]
+    return [collate([samples[i] for i in each], 0 if pad is None else pad) for each in _alike(samples, batch_size)]
 
 
 def encode(
@@ -136,6 +133,12 @@ def encode(
     _check_length(answers, vision[0], max_length, row.where)
     cut = {key: value[:, :max_length] if value.shape == ids.shape else value for key, value in inputs.items()}
     return CalibrationBatch(cut, torch.where(answers, ids, NO_LABEL)[:, :max_length], vision[:, :max_length])
+
+
+def _alike(samples: Sequence[CalibrationBatch], batch_size: int) -> list[list[int]]:
+    """Which samples make a batch: those of about the same length, so that little is padded, in the order they came."""
+    order = sorted(range(len(samples)), key=lambda index: samples[index].labels.shape[1] if batch_size > 1 else 0)
+    return [sorted(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
 def _render(processor: Any, chat: list[dict[str, Any]]) -> str:

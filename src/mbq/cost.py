@@ -150,9 +150,9 @@ def input_bytes(shapes: Shapes, lengths: Lengths) -> int:
 
 
 def trace_bytes(shapes: Shapes, lengths: Lengths) -> int:
-    """What goes into a block, its groups and its attention, and what comes out of block, attention and MLP."""
+    """What goes into the first block, into a block, its groups and its attention, and what comes out of them."""
     read = sum(shapes.sizes[group.linears[0]][1] for group in shapes.groups)
-    return token_count(lengths) * (read + 4 * shapes.hidden) * shapes.itemsize + 2 * call_bytes(shapes, lengths)
+    return token_count(lengths) * (read + 5 * shapes.hidden) * shapes.itemsize + 2 * call_bytes(shapes, lengths)
 
 
 def copied_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:

@@ -25,7 +25,7 @@ OUTPUT = Path("mbq-demo")
 SCHEMES = {"W3A16": ("rtn", "awq", "mbq"), "W4A8": ("rtn", "smoothquant", "mbq")}
 NAMES = {"rtn": "RTN", "awq": "AWQ", "mbq": "MBQ", "smoothquant": "SmoothQuant"}
 SAMPLES = 128  # questions about pictures to calibrate on
-CALIBRATION_BATCH, EVALUATION_BATCH = 32, 256
+CALIBRATION_BATCH, EVALUATION_BATCH = 8, 256
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding, bind
-from mbq.blocks import device_of
+from mbq.blocks import Inputs, capture, device_of
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.checkpoint.folder import check_new, check_space
@@ -127,13 +127,17 @@ def quantize(
                 announce(plan)
             if not isinstance(model, nn.Module):
                 place(binding, plan)
+            inputs = None
+            if chosen.equalize is not None:
+                kept = plan.inputs if chosen.weighs else plan.traces
+                inputs = capture(binding, batches[ranks.part(len(batches))], plan.storage(kept))
         sensitivity = None
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
-                sensitivity = _measured(binding, batches, recipe, plan, progress, state)
+                sensitivity = _measured(binding, batches, inputs, recipe, plan, progress, state)
         finished = FinishedBlocks(binding, targets, chosen, state) if ranks.rank() == 0 else None
         with _timed(seconds, "search"):
-            search = _equalize(binding, batches, chosen, targets, sensitivity, recipe, plan, progress, finished)
+            search = _equalize(binding, batches, inputs, chosen, targets, sensitivity, recipe, plan, progress, finished)
         after, folder = 0, None
         if finished is not None:
             with _timed(seconds, "quantize"):
@@ -199,7 +203,7 @@ def measure_sensitivity(
     plan = _plan(binding, batches, recipe, 0, isinstance(model, nn.Module), searches=False)
     if not isinstance(model, nn.Module):
         place(binding, plan)
-    return _measured(binding, batches, recipe, plan, progress, None)
+    return _measured(binding, batches, None, recipe, plan, progress, None)
 
 
 def _method(name: str) -> Method:
@@ -329,6 +333,7 @@ def _batches(
 def _measured(
     binding: Binding,
     batches: list[CalibrationBatch],
+    inputs: Inputs | None,
     recipe: Recipe,
     plan: Plan,
     progress: Progress,
@@ -340,7 +345,8 @@ def _measured(
     known = ranks.from_first(None if state is None else state.sensitivity)
     if known is not None:
         return Sensitivity.from_json(known)
-    measured = measure(binding, batches, parity=recipe.parity, storage=plan.storage(plan.inputs), progress=done)
+    storage = plan.storage(plan.inputs)
+    measured = measure(binding, batches, parity=recipe.parity, storage=storage, inputs=inputs, progress=done)
     if state is not None:
         state.keep_sensitivity(measured.to_json())
     return measured
@@ -349,6 +355,7 @@ def _measured(
 def _equalize(
     binding: Binding,
     batches: list[CalibrationBatch],
+    inputs: Inputs | None,
     method: Method,
     targets: Collection[str],
     sensitivity: Sensitivity | None,
@@ -379,6 +386,7 @@ def _equalize(
         sensitivity=sensitivity,
         targets=targets,
         storage=plan.storage(plan.traces),
+        inputs=inputs,
         finished=finished,
         progress=progress,
     )

@@ -13,7 +13,7 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding, LinearGroup
-from mbq.blocks import Call, GroupTrace, capture, check_outputs, placed, run_with, trace
+from mbq.blocks import Call, GroupTrace, Inputs, capture, check_outputs, placed, run_with, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
 from mbq.group import Group, Weighing
@@ -63,6 +63,7 @@ def equalize_model(
     sensitivity: Sensitivity | None = None,
     targets: Collection[str] | None = None,
     storage: Keep | None = None,
+    inputs: Inputs | None = None,
     finished: FinishedBlocks | None = None,
     progress: Progress = silent,
 ) -> list[GroupSearch]:
@@ -70,7 +71,8 @@ def equalize_model(
 
     ``targets`` are the full names of the linears that will be quantized (None: all of the groups'); the others are
     folded, but stay float in every candidate. ``sensitivity`` is what methods that weigh need. ``storage`` keeps
-    activations, by default where they are made. ``finished`` takes each block that is done, and may have had some
+    activations, by default where they are made; ``inputs`` is what ``capture`` gave for the process's own part of the
+    batches, if it ran before. ``finished`` takes each block that is done, and may have had some
     done before (but not with ``distorted_input``, where what a block sees depends on the quantized ones before it).
     Of several ranks each runs its part of ``batches``, and only rank 0's weights are folded.
 
@@ -91,7 +93,7 @@ def equalize_model(
     )
     _check_norms(binding)
     groups = binding.architecture.groups
-    hidden, calls = capture(binding, batches[ranks.part(len(batches))], storage)
+    hidden, calls = inputs or capture(binding, batches[ranks.part(len(batches))], storage)
     seen = hidden if options.distorted_input else []
     rows: list[GroupSearch] = []
     for index in range(len(binding.blocks)):

@@ -13,7 +13,20 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding
-from mbq.blocks import Call, capture, check_outputs, device_of, evaluating, forward, hooked, passing, placed, run, trace
+from mbq.blocks import (
+    Call,
+    Inputs,
+    capture,
+    check_outputs,
+    device_of,
+    evaluating,
+    forward,
+    hooked,
+    passing,
+    placed,
+    run,
+    trace,
+)
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.errors import MBQError
 from mbq.storage import Keep, kept
@@ -51,13 +64,15 @@ def measure(
     *,
     parity: bool = False,
     storage: Keep | None = None,
+    inputs: Inputs | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Sensitivity:
     """Run the float model forward and backward on every batch. The model is left as it was.
 
     A sample's loss is the mean cross entropy of its answer tokens, so the batch size changes nothing. ``progress`` is
     called with the number of blocks that the gradient has passed. ``parity`` takes the released language mask.
-    ``storage`` keeps the blocks' inputs, by default where they are made. Of several ranks each runs its part.
+    ``storage`` keeps the blocks' inputs, by default where they are made; ``inputs`` is what ``capture`` gave for the
+    process's own part of the batches, if it ran before. Of several ranks each runs its part.
 
     Raises MBQError where no sample has an image, a sample has no answer, or a loss or gradient is not finite.
     """
@@ -67,7 +82,7 @@ def measure(
         )
     mask = released_language_mask if parity else language_mask
     own = batches[ranks.part(len(batches))]
-    gradients = token_gradients(binding, own, storage, progress)
+    gradients = token_gradients(binding, own, storage, progress, inputs)
     vision = torch.zeros(len(binding.blocks), len(PARTS), dtype=torch.float64)
     language = torch.zeros_like(vision)
     for batch, gradient in zip(own, gradients, strict=True):
@@ -104,6 +119,7 @@ def token_gradients(
     batches: Sequence[CalibrationBatch],
     storage: Keep | None = None,
     progress: Callable[[int], None] | None = None,
+    captured: Inputs | None = None,
 ) -> list[torch.Tensor]:
     """Mean over channels of |dL/dY|, [block, part, batch, token] in float32 a batch, parts in the order of ``PARTS``.
 
@@ -113,7 +129,7 @@ def token_gradients(
     shape = (len(binding.blocks), len(PARTS))
     found = [torch.zeros(*shape, *batch.labels.shape) for batch in batches]
     with _frozen(binding.model), evaluating(binding.model):
-        hidden, calls = capture(binding, batches, storage)
+        hidden, calls = captured or capture(binding, batches, storage)
         inputs = [hidden]
         for index in range(len(binding.blocks)):
             with placed(binding, index) as block:
