@@ -95,6 +95,7 @@ def test_every_option_reaches_the_recipe(
         smooth_alpha=0.75,
         gqa_fold=True,
         distorted_input=True,
+        search_tokens=77,
         vision_tower="W8A8",
         max_shard_size="1GB",
         device="cpu",

@@ -288,7 +288,8 @@ def test_bytes_counted_are_those_stored(family: str, batch_size: int) -> None:
     counted = input_bytes(shapes, lengths)
     assert share * counted <= most() <= 1.01 * counted
     keep, most = watched()
-    equalize_model(binding, batches, METHODS["awq"], Recipe().numbers, storage=keep)
+    inputs = capture(binding, batches, keep)
+    equalize_model(binding, batches, METHODS["awq"], Recipe().numbers, storage=keep, inputs=inputs)
     counted = trace_bytes(shapes, lengths)
     assert share * counted <= most() <= 1.01 * counted
 

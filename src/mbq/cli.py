@@ -169,6 +169,9 @@ def quantize_command(
         bool, typer.Option("--distorted-input", help="Search on the quantized blocks' outputs.")
     ] = False,
     parity: Annotated[bool, typer.Option("--parity", help="Reproduce the released search choice by choice.")] = False,
+    search_tokens: Annotated[
+        int, typer.Option(help="Tokens on which all candidates are compared, the best again on more; 0: all on all.")
+    ] = DEFAULT.search_tokens,
     vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = DEFAULT.max_shard_size,
     device: Device = DEFAULT.device,
