@@ -137,7 +137,7 @@ def test_a_forward_of_the_instances_own_comes_back() -> None:
 @pytest.mark.parametrize("changes", [False, True])
 def test_a_block_that_waits_comes_back_as_the_same_memory_or_changed(changes: bool) -> None:
     binding, _ = calibrated("internvl")
-    place(binding, torch.device("cuda"), "blocks")
+    place(binding, Plan(torch.device("cuda"), blocks=True))
     before = [(each.data_ptr(), each.sum().item()) for each in binding.blocks[1].parameters()]
     with placed(binding, 1, changes) as block, torch.no_grad():
         for each in block.parameters():

@@ -73,6 +73,9 @@ class Group:
         tokens  that a first comparison of all candidates looks at (``best_candidate``); None: every comparison, at all
         """
 
+        device = device_of(self.module)
+        token_weights = token_weights.to(device)  # a CPU would need longer to draw tokens than a GPU to compare them
+
         def losses(vectors: torch.Tensor, count: int) -> torch.Tensor:
             pieces = self._pieces(self._drawn(token_weights, count)[self.roles.own])
             largest = max((piece.x.nbytes for piece in pieces), default=1)
@@ -80,7 +83,7 @@ class Group:
             return torch.cat([self._losses(some, pieces, POWERS[norm]) for some in vectors.split(several)])
 
         weighted = int((token_weights > 0).sum())
-        return best_candidate(self.mean_abs().to(device_of(self.module)), losses, self.name, tokens, weighted)
+        return best_candidate(self.mean_abs().to(device), losses, self.name, tokens, weighted)
 
     def _drawn(self, token_weights: torch.Tensor, count: int) -> torch.Tensor:
         """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""
@@ -167,12 +170,14 @@ class _Piece:
 
 def _rows(batches: Sequence[torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
     """[token, channel]: the tokens ``keep`` of all batches, in order and counted through from the first."""
-    rows, start = [], 0
-    for batch in batches:
-        flat = batch.flatten(0, -2)
-        own = keep[(keep >= start) & (keep < start + len(flat))] - start
-        rows.append(flat if len(own) == len(flat) else flat[own.to(flat.device)])
-        start += len(flat)
+    flat = [batch.flatten(0, -2) for batch in batches]
+    ends = torch.tensor([len(each) for each in flat]).cumsum(0)
+    places = torch.searchsorted(keep, ends.to(keep.device)).tolist()
+    rows, start, done = [], 0, 0
+    for each, end, place in zip(flat, ends.tolist(), places, strict=True):
+        own = keep[done:place] - start
+        rows.append(each if len(own) == len(each) else each[own.to(each.device)])
+        start, done = end, place
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 

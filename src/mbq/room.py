@@ -46,6 +46,7 @@ def storing_folder(given: str | None, output: str | Path | None) -> Path:
 
 def device_free(device: torch.device) -> int:
     """With what torch holds but does not use, and not more than this process may take."""
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     free, total = torch.cuda.mem_get_info(device)
     used = torch.cuda.memory_allocated(device)
     free += torch.cuda.memory_reserved(device) - used

@@ -16,6 +16,7 @@ from mbq.kernels.packed import PackedWeight
 from mbq.scheme import Scheme
 
 OUTPUTS, INPUTS = 64, 128  # it takes multiples of these
+WHOLE_SUMS = {"use_batch_invariant": True}  # else it adds up parts of a sum that were rounded to 16 bits
 
 
 def supports(scheme: Scheme, shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
@@ -93,5 +94,6 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, gat
         input_scale=scales[:, None],
         bias=None if bias is None else bias[_order(len(bias), bias.device)],
         locks=weight.zero_point,
+        compute_config=WHOLE_SUMS,
     )
     return y.view(*x.shape[:-1], weight.shape[0])
