@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import resource
 import tempfile
@@ -247,10 +248,10 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         tasks = [task.name for task in TASKS.values() if task.needs_image]
         data = write(Path(folder) / "calibration", split="calibration", tasks=tasks, per_task=args.samples)
-        for family in DEMO:
-            for scheme in ("W3A16", "W4A8"):
-                found.append({"family": family, "scheme": scheme, **_both_ways(reference_model(family), data, scheme)})
-                print(found[-1], flush=True)
+        for family, scheme, batch in itertools.product(DEMO, ("W3A16", "W4A8"), (1, 8)):
+            both = _both_ways(reference_model(family), data, scheme, batch)
+            found.append({"family": family, "scheme": scheme, "batch size": batch, **both})
+            print(found[-1], flush=True)
     groups = sum(row["groups"] for row in found)
     return {
         "threads": torch.get_num_threads(),
@@ -261,11 +262,12 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _both_ways(model: Path, data: Path, scheme: str) -> dict[str, Any]:
+def _both_ways(model: Path, data: Path, scheme: str, batch: int) -> dict[str, Any]:
+    options = {"data": data, "scheme": scheme, "batch_size": batch, "device": "cpu"}
     several, group._AT_ONCE = group._AT_ONCE, 0
-    plain = mbq.quantize(model, data=data, scheme=scheme, search_tokens=0)
+    plain = mbq.quantize(model, search_tokens=0, **options)
     group._AT_ONCE = several
-    raced = mbq.quantize(model, data=data, scheme=scheme)
+    raced = mbq.quantize(model, **options)
     pairs = [(own, all) for own, all in zip(raced.search, plain.search, strict=True) if own.alpha is not None]
     worse = [100 * (all.losses[round(20 * own.alpha)] / min(all.losses) - 1) for own, all in pairs]
     return {

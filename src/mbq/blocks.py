@@ -39,6 +39,21 @@ class Call:
         memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         return Call(*(_moved(each, _to(device), memo) for each in (self.args, self.kwargs, self.added)))
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Those among the arguments, in order."""
+        found: list[torch.Tensor] = []
+        _mapped((self.args, self.kwargs), found.append)
+        return found
+
+    def with_tensors(self, tensors: Sequence[torch.Tensor]) -> Call:
+        """The same call with others in their places."""
+        left = iter(tensors)
+        return Call(*_mapped((self.args, self.kwargs), lambda _: next(left)))
+
+    def form(self) -> str:
+        """The same for calls that differ in the numbers of their tensors alone."""
+        return repr(_mapped((self.args, self.kwargs), lambda tensor: (tensor.dtype, tuple(tensor.shape))))
+
 
 @dataclass(frozen=True)
 class GroupTrace:
@@ -154,7 +169,8 @@ def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
 
 def check_outputs(binding: Binding, index: int, outputs: Sequence[torch.Tensor], group: str = "") -> None:
     """Raise MBQError, with the names of the block and of its ``group``, where ``outputs`` hold a NaN or an infinity."""
-    if bool(torch.stack([torch.isfinite(each).all() for each in outputs]).all()):
+    device = device_of(binding.model)  # looks faster than a CPU, even at what has to be brought
+    if bool(torch.stack([torch.isfinite(each.to(device)).all() for each in outputs]).all()):
         return
     path, dtype = binding.name(index, "").rstrip("."), str(outputs[0].dtype).removeprefix("torch.")
     raise MBQError(
@@ -274,14 +290,23 @@ def _moved(value: Any, move: Keep | None, memo: dict[int, tuple[torch.Tensor, to
     """
     if move is None:
         return value
+
+    def once(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            memo[id(tensor)] = (tensor, move(tensor))
+        return memo[id(tensor)][1]
+
+    return _mapped(value, once)
+
+
+def _mapped(value: Any, function: Callable[[torch.Tensor], Any]) -> Any:
+    """``value`` with ``function`` of each tensor in its place, in dictionaries, lists and tuples too."""
     if isinstance(value, torch.Tensor):
-        if id(value) not in memo:
-            memo[id(value)] = (value, move(value))
-        return memo[id(value)][1]
+        return function(value)
     if isinstance(value, Mapping):
-        return {name: _moved(item, move, memo) for name, item in value.items()}
+        return {name: _mapped(item, function) for name, item in value.items()}
     if type(value) in (tuple, list):
-        return type(value)(_moved(item, move, memo) for item in value)
+        return type(value)(_mapped(item, function) for item in value)
     return value
 
 

@@ -62,9 +62,9 @@ def candidates(mean_abs: torch.Tensor) -> torch.Tensor:
 
 
 def token_loss(target: torch.Tensor, output: torch.Tensor, weights: torch.Tensor, power: int) -> torch.Tensor:
-    """sum over tokens of w_t * mean over channels of |target - output|^power (MBQ, eq. 17); a float64 scalar.
+    """sum over tokens of w_t * mean over channels of |target - output|^power (MBQ, eq. 17), in float64.
 
-    target, output [token, channel]; weights [token]. Power 1 is MAE, 2 is MSE.
+    target [token, channel]; output [..., token, channel]; weights [token]. Power 1 is MAE, 2 is MSE.
     """
     difference = (target.float() - output.float()).abs_()
     if power != 1:

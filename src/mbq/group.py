@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from mbq.scheme import Scheme
 
 # Tokens that go through an MLP or linear at once: bounds the memory of its intermediate activations.
 _TOKENS_AT_ONCE = 8192
-# Bytes of inputs of an attention for which it is called once for several candidates: small calls cost their launches.
+# Bytes of inputs of an attention, times candidates and calls, that are one call: small ones cost their launches.
 _AT_ONCE = 2**26
 
 
@@ -98,19 +99,19 @@ class Group:
     def _losses(self, vectors: torch.Tensor, pieces: Sequence[_Piece], power: int) -> torch.Tensor:
         """Weighted error of the inspected module's output, the group quantized under E: Q_w(W E) Q_a(E^-1 X).
 
-        vectors [candidate, channel]; [candidate]. Several are one call of the module, which then works on all at once.
+        vectors [candidate, channel]; [candidate].
         """
         each = [{name: self._candidate(weight, vector) for name, weight in self.weights.items()} for vector in vectors]
         weights = {name: torch.stack([one[name] for one in each]) for name in self.weights}
         total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
-        for piece in pieces:
-            x, target = piece.x.to(vectors.device), piece.target.to(vectors.device)
-            read = self._equalized(x, vectors)
-            call = piece.call.to(vectors.device)
-            for index, output in enumerate(_outputs(self.module, call, weights, read)):
-                output = output.flatten(0, -2)
-                kept = output if piece.tokens is None else output[piece.tokens]
-                total[index] += token_loss(target, kept, piece.weights, power)
+        for some in _alike(pieces, len(vectors)):
+            calls = [piece.call.to(vectors.device) for piece in some]
+            read = [self._equalized(piece.x.to(vectors.device), vectors) for piece in some]
+            outputs = _outputs(self.module, calls, weights, read)
+            for piece, output in zip(some, outputs.unbind(1), strict=True):
+                output = output.flatten(1, -2)
+                kept = output if piece.tokens is None else output[:, piece.tokens]
+                total += token_loss(piece.target.to(vectors.device), kept, piece.weights, power)
         return total
 
     def _equalized(self, x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor | None:
@@ -181,17 +182,40 @@ def _rows(batches: Sequence[torch.Tensor], keep: torch.Tensor) -> torch.Tensor:
     return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
+def _alike(pieces: Sequence[_Piece], candidates: int) -> Iterator[list[_Piece]]:
+    """Pieces whose calls differ in numbers alone, as many at once as ``_AT_ONCE`` allows."""
+    forms: dict[str, list[_Piece]] = {}
+    for index, piece in enumerate(pieces):
+        form = str(index) if piece.tokens is None else f"{tuple(piece.x.shape)} {piece.call.form()}"
+        forms.setdefault(form, []).append(piece)
+    for found in forms.values():
+        several = max(1, _AT_ONCE // (candidates * found[0].x.nbytes)) if found[0].x.nbytes else len(found)
+        for start in range(0, len(found), several):
+            yield found[start : start + several]
+
+
 def _outputs(
-    module: nn.Module, call: Call, weights: Mapping[str, torch.Tensor], read: torch.Tensor | None
-) -> Iterable[torch.Tensor]:
-    """The module's output with each candidate's ``weights`` [candidate, out, in] and what its linears then read."""
+    module: nn.Module,
+    calls: Sequence[Call],
+    weights: Mapping[str, torch.Tensor],
+    read: Sequence[torch.Tensor | None],
+) -> torch.Tensor:
+    """The module's outputs, [candidate, call, ...], with each candidate's ``weights`` [candidate, out, in].
 
-    def one(weights: Mapping[str, torch.Tensor], read: torch.Tensor | None) -> torch.Tensor:
-        return run_with(module, call, weights, None if read is None else lambda _: read)
+    ``read`` is what the linears then read in each call, [candidate, ...]. Several are one call of the module.
+    """
 
-    several = len(next(iter(weights.values())))
-    if several == 1:
-        return [one({name: weight[0] for name, weight in weights.items()}, None if read is None else read[0])]
-    with warnings.catch_warnings():  # an attention kernel that takes one candidate after the other is no news
+    def one(weights: Mapping[str, torch.Tensor], read: torch.Tensor | None, tensors: Any) -> torch.Tensor:
+        return run_with(module, calls[0].with_tensors(tensors), weights, None if read is None else lambda _: read)
+
+    several, tensors = len(next(iter(weights.values()))), [call.tensors() for call in calls]
+    if several == len(calls) == 1:
+        first = {name: weight[0] for name, weight in weights.items()}
+        return one(first, None if read[0] is None else read[0][0], tensors[0])[None, None]
+    together = [torch.stack(each) for each in zip(*tensors, strict=True)]
+    quantized = None if read[0] is None else torch.stack([each for each in read if each is not None], dim=1)
+    own = None if quantized is None else 0
+    with warnings.catch_warnings():  # an attention kernel that takes one after the other is no news
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        return torch.vmap(one, in_dims=(0, None if read is None else 0))(weights, read)
+        every_call = torch.vmap(one, in_dims=(None, own, 0))
+        return torch.vmap(every_call, in_dims=(0, own, None))(weights, quantized, together)

@@ -18,6 +18,7 @@ from mbq.errors import MBQError
 
 Keep = Callable[[torch.Tensor], torch.Tensor]
 PLACES = ("device", "cpu", "disk")  # from the fastest to the largest
+WASTE = 1.15  # times a tensor's bytes: what it may take in the CPU's memory
 
 
 def keeper(place: str | None, folder: Path) -> Keep | None:
@@ -32,7 +33,14 @@ def kept(tensor: torch.Tensor, keep: Keep | None) -> torch.Tensor:
 
 
 def in_memory(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to("cpu")
+    """In pages that stay where they are, which a GPU reaches ten times faster; torch uses them again and again.
+
+    torch takes the next power of two of such memory, so tensors of which that would waste much have ordinary pages.
+    """
+    size = tensor.nbytes
+    if tensor.device.type != "cuda" or not size or (1 << (size - 1).bit_length()) > WASTE * size:
+        return tensor.to("cpu")
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def on_disk(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
