@@ -47,6 +47,8 @@ LAYOUT = """## What runs when
 
 On an NVIDIA GPU from compute capability 7.5 on, weight-only schemes run in `kernels/decode.cu`, up to 16 rows of x a
 launch and {packed_rows} in all; more rows go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
+From compute capability 9.0 on, two blocks that form a cluster share the inputs of an x of more than 8 rows and {units}
+inputs, which is more than an L1 holds.
 Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their
 sums int32. Other GPUs, float32 and other group sizes take a plain Triton kernel. Layers that read the same input (q,
 k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step as a CUDA graph. Where `mbq.load`
@@ -126,7 +128,10 @@ def page(stored: Path) -> str:
         path = stored / f"{name}.json"
         if path.exists():
             parts.append(section(read(path)))
-    parts += [LAYOUT.format(layout=layout(), packed_rows=cuda.PACKED_ROWS), STEPS.format(steps=_steps(steps))]
+    parts += [
+        LAYOUT.format(layout=layout(), packed_rows=cuda.PACKED_ROWS, units=cuda.SPLIT_UNITS * cuda.UNIT),
+        STEPS.format(steps=_steps(steps)),
+    ]
     return "\n".join(parts).rstrip() + "\n"
 
 

@@ -300,8 +300,9 @@ def main() -> None:
     with torch.no_grad(), ranks.joined():
         found = demo(args) if args.demo else compare(args, device) if args.compare else run(args, device)
     given = [f"--{name.replace('_', '-')} {value}" for name, value in vars(args).items() if _given(parser, name, value)]
+    start = f"torchrun --nproc-per-node {ranks.count()}" if ranks.count() > 1 else "python"
     report = {
-        "command": " ".join(["python -m benchmarks.search", *given]).replace(" True", ""),
+        "command": " ".join([f"{start} -m benchmarks.search", *given]).replace(" True", ""),
         "device": torch.cuda.get_device_name() if device.type == "cuda" and not args.demo else "CPU",
         "torch": torch.__version__,
         **found,

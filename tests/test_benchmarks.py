@@ -7,8 +7,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import decode_step, prefill
-from mbq.kernels import int8
+from benchmarks import decode_step, prefill, scaling_page, search
 from mbq.kernels.packed import pack_weight
 from mbq.kernels.reference import linear
 from mbq.qtensor import QTensor
@@ -21,13 +20,15 @@ def test_wrong_products_are_counted(name: str, dtype: torch.dtype) -> None:
     scheme = SCHEMES[name]
     half = 2 ** (scheme.weights.bits - 1)
     codes = torch.randint(-half, half, (40, 256), dtype=torch.int8)
-    packed = pack_weight(QTensor(codes, torch.full((40, 1), 0.01, dtype=dtype), None, scheme.weights), scheme)
+    q = QTensor(codes, torch.full((40, 1), 0.01, dtype=dtype), None, scheme.weights)
     x = torch.randn(150, 256, dtype=dtype)
-    y, weight = linear(x, packed, None), int8.prepare(packed)
-    assert prefill.wrong(y, x, codes, weight) == 0
+    y = linear(x, pack_weight(q, scheme), None)
+    assert prefill.wrong(y, x, q) == 0
     y[0, 3] += 0.01 * y[0].abs().max()
     y[149, 39] = torch.nan
-    assert prefill.wrong(y, x, codes, weight) == 2
+    assert prefill.wrong(y, x, q) == 2
+    assert prefill.wrong(y * (1 + 2 * torch.finfo(dtype).eps), x, q) > 1000
+    assert prefill.wrong(y * (1 + 2 * torch.finfo(dtype).eps), x, q, roundings=8) == 2
 
 
 def test_a_prompts_table_sums_the_layer() -> None:
@@ -71,3 +72,24 @@ def test_the_models_of_a_step_have_their_published_sizes() -> None:
         with torch.device("meta"):
             model = made(config)
         assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.02)
+
+
+def test_a_race_is_judged_by_the_exhaustive_losses() -> None:
+    """Two groups; the race that begins with 128 tokens misses one by a candidate whose loss is 5 % above the least."""
+    losses = [2.0] * 20
+    losses[4], losses[5] = 1.0, 1.05
+
+    def row(alpha: float) -> dict[str, object]:
+        races = {str(first): {"alpha": 0.2, "seconds": 1.0} for first in search.FIRST}
+        races["128"] = {"alpha": alpha, "seconds": 1.0}
+        return {**races, "None": {"alpha": 0.2, "seconds": 8.0}, "losses": losses}
+
+    made = search.summary([row(0.2), row(0.25)])
+    expected = {"equal": 0.5, "worse, mean %": 2.5, "worse, most %": 5.0, "seconds": 2.0, "times faster": 8.0}
+    assert made["128"] == pytest.approx(expected)
+    assert made["512"]["equal"] == made["None"]["equal"] == 1
+
+
+def test_the_page_of_scaling_shows_what_is_stored() -> None:
+    shown = scaling_page.PAGE.read_text(encoding="utf-8").partition(scaling_page.BEGIN)
+    assert shown[1] + shown[2] == scaling_page.page()
