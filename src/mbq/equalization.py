@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -49,6 +49,11 @@ class TokenRoles:
     counted: torch.Tensor
     own: slice = field(default_factory=lambda: slice(None))
     lengths: tuple[int, ...] = ()
+
+    def to(self, device: torch.device) -> TokenRoles:
+        """The same there: a CPU would need longer to weigh tokens than a GPU to compare candidates on them."""
+        vision, language, counted = (each.to(device) for each in (self.vision, self.language, self.counted))
+        return replace(self, vision=vision, language=language, counted=counted)
 
 
 def candidates(mean_abs: torch.Tensor) -> torch.Tensor:

@@ -74,9 +74,6 @@ class Group:
         tokens  that a first comparison of all candidates looks at (``best_candidate``); None: every comparison, at all
         """
 
-        device = device_of(self.module)
-        token_weights = token_weights.to(device)  # a CPU would need longer to draw tokens than a GPU to compare them
-
         def losses(vectors: torch.Tensor, count: int) -> torch.Tensor:
             pieces = self._pieces(self._drawn(token_weights, count)[self.roles.own])
             largest = max((piece.x.nbytes for piece in pieces), default=1)
@@ -84,7 +81,7 @@ class Group:
             return torch.cat([self._losses(some, pieces, POWERS[norm]) for some in vectors.split(several)])
 
         weighted = int((token_weights > 0).sum())
-        return best_candidate(self.mean_abs().to(device), losses, self.name, tokens, weighted)
+        return best_candidate(self.mean_abs(), losses, self.name, tokens, weighted)
 
     def _drawn(self, token_weights: torch.Tensor, count: int) -> torch.Tensor:
         """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding, LinearGroup
-from mbq.blocks import Call, GroupTrace, Inputs, capture, check_outputs, placed, run_with, trace
+from mbq.blocks import Call, GroupTrace, Inputs, capture, check_outputs, device_of, placed, run_with, trace
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
 from mbq.group import Group, Weighing
@@ -88,7 +88,7 @@ def equalize_model(
         scheme,
         options,
         frozenset(binding.names if targets is None else targets),
-        token_roles(batches, options.parity),
+        token_roles(batches, options.parity).to(device_of(binding.model)),
         _weighings(sensitivity, options) if method.weighs else None,
     )
     _check_norms(binding)
