@@ -50,11 +50,15 @@ launch and {packed_rows} in all; more rows go through a dense weight in 16 bits,
 From compute capability 9.0 on, two blocks that form a cluster share the inputs of an x of more than 8 rows and {units}
 inputs, which is more than an L1 holds.
 Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their
-sums int32. Other GPUs, float32 and other group sizes take a plain Triton kernel. Layers that read the same input (q,
-k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step as a CUDA graph. Where `mbq.load`
-put a model on a GPU, decode steps over a static cache have the attention of `kernels/attention.py`, and norms and the
-gates of MLPs are one kernel each (`kernels/elementwise.py`); a gate that is multiplied in 8 bits next is quantized as
-it is computed.
+sums int32. Other GPUs, float32 and other group sizes take a plain Triton kernel. With humming-kernels installed
+(`pip install 'mbq[humming]'`) `kernel="humming"` takes W4A8: faster in long prompts, slower in a decode step, so that
+it is not chosen by itself. It is asked for sums that do not depend on the number of rows: otherwise its products of few
+rows were further than three roundings from the exact ones.
+
+Layers that read the same input (q, k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step
+as a CUDA graph. Where `mbq.load` put a model on a GPU, decode steps over a static cache have the attention of
+`kernels/attention.py`, and norms and the gates of MLPs are one kernel each (`kernels/elementwise.py`); a gate that is
+multiplied in 8 bits next is quantized as it is computed.
 
 `make test` on a machine with a GPU tests all of this there, `python -m pytest -m gpu` only what needs one, and
 `compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py` finds accesses out of bounds.

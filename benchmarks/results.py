@@ -118,7 +118,7 @@ def measure(
     """Quantize in memory, evaluate, store."""
     quantized = model
     if run.scheme:
-        made = mbq.quantize(model, processor, data=calibration, batch_size=32, **run.options)
+        made = mbq.quantize(model, processor, data=calibration, batch_size=32, search_tokens=0, **run.options)
         quantized = made.model
         use_kernel(quantized, "auto")
     results = evaluate(quantized, questions, f"{run.family} {run.scheme} {run.method}", recipe)

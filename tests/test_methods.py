@@ -282,3 +282,41 @@ def test_options_that_do_not_exist_are_refused():
             SearchOptions(**options)
     with pytest.raises(MBQError, match="--gqa-fold"):
         SearchOptions(parity=True, gqa_fold=True)
+
+
+@pytest.mark.parametrize("scheme", [W3A16, W4A8])
+def test_several_calls_at_once_give_the_losses_of_each_alone(scheme, monkeypatch):
+    """Candidates and calls of one form together, one after the other, and in code that vmap does not take."""
+    found = {}
+    for way in ("together", "alone", "refused"):
+        binding, batches = calibrated("qwen2_vl", batch_size=1)
+        if way == "alone":
+            monkeypatch.setattr("mbq.group._AT_ONCE", 0)
+        if way == "refused":
+            monkeypatch.undo()
+            monkeypatch.setattr(torch, "vmap", refuse)
+        rows = equalize_model(binding, batches, METHODS["mbq"], scheme, sensitivity=PLANTED)
+        found[way] = torch.tensor([row.losses for row in rows if row.losses])
+    torch.testing.assert_close(found["together"], found["alone"], rtol=1e-4, atol=0)
+    assert torch.equal(found["refused"], found["alone"])
+
+
+def refuse(*args, **kwargs):
+    def made(*args):
+        raise RuntimeError("vmap: It looks like you're calling .item() on a Tensor.")
+
+    return made
+
+
+def test_a_race_that_sees_everything_in_its_last_round_chooses_as_an_exhaustive_search():
+    """Half of the tokens first, then all: the losses of the last round are the exhaustive ones."""
+    alphas, losses = {}, {}
+    for tokens in (None, 12):
+        binding, batches = calibrated("internvl", batch_size=1)
+        rows = equalize_model(
+            binding, batches, METHODS["mbq"], W3A16, SearchOptions(tokens=tokens), sensitivity=PLANTED
+        )
+        alphas[tokens] = [row.alpha for row in rows]
+        losses[tokens] = [row.loss for row in rows if row.loss is not None]
+    assert sum(a == b for a, b in zip(alphas[None], alphas[12], strict=True)) >= len(alphas[None]) - 1
+    assert losses[12] == pytest.approx(losses[None], rel=0.05)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from mbq.blocks import Call, GroupTrace, device_of, run_with
 from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, drawn, shared_mean, token_loss
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import Scheme
+
+log = logging.getLogger(__name__)
 
 # Tokens that go through an MLP or linear at once: bounds the memory of its intermediate activations.
 _TOKENS_AT_ONCE = 8192
@@ -215,4 +218,15 @@ def _outputs(
     with warnings.catch_warnings():  # an attention kernel that takes one after the other is no news
         warnings.filterwarnings("ignore", message="There is a performance drop")
         every_call = torch.vmap(one, in_dims=(None, own, 0))
-        return torch.vmap(every_call, in_dims=(0, own, None))(weights, quantized, together)
+        try:
+            return torch.vmap(every_call, in_dims=(0, own, None))(weights, quantized, together)
+        except RuntimeError as error:  # a model whose code looks at the numbers in its tensors
+            log.info("%s runs one call at a time: %s", type(module).__name__, str(error).partition("\n")[0])
+    rows = []
+    for index in range(several):
+        candidate = {name: weight[index : index + 1] for name, weight in weights.items()}
+        pairs = [
+            (call, None if each is None else each[index : index + 1]) for call, each in zip(calls, read, strict=True)
+        ]
+        rows.append(torch.cat([_outputs(module, [call], candidate, [each]) for call, each in pairs], dim=1))
+    return torch.cat(rows)

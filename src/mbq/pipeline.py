@@ -129,7 +129,7 @@ def quantize(
                 place(binding, plan)
             inputs = None
             if chosen.equalize is not None:
-                kept = plan.inputs if chosen.weighs else plan.traces
+                kept = plan.inputs or plan.traces
                 inputs = capture(binding, batches[ranks.part(len(batches))], plan.storage(kept))
         sensitivity = None
         if chosen.weighs:

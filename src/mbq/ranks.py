@@ -1,7 +1,7 @@
 """Processes started by torchrun that share the samples of one run: every one makes the same choices, rank 0 writes.
 
-What they exchange are sums of kilobytes, so gloo carries them from the CPU's memory, between GPUs too: it notices at
-once that a process died, where NCCL waits inside a kernel that no signal ends. A process alone exchanges nothing.
+What they exchange are sums of kilobytes, so gloo carries them from the CPU's memory, between GPUs too: an exchange with
+a process that has died is an error at once. A process alone exchanges nothing.
 """
 
 from __future__ import annotations
