@@ -27,6 +27,11 @@ ANSWERS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: autograd's threads do not outlive a fork, and it refuses to work after one."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
+
+
 def row(image: str | None, answer: str | None, question: str = "What is shown in the picture?") -> dict:
     """A calibration row in OpenAI style; ``image`` is a path relative to the image folder."""
     content = [{"type": "image", "image": image}] if image else []

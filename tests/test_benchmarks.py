@@ -24,7 +24,7 @@ def test_wrong_products_are_counted(name: str, dtype: torch.dtype) -> None:
     x = torch.randn(150, 256, dtype=dtype)
     y = linear(x, pack_weight(q, scheme), None)
     assert prefill.wrong(y, x, q) == 0
-    y[0, 3] += 0.01 * y[0].abs().max()
+    y[0, 3] += y[0].abs().max()
     y[149, 39] = torch.nan
     assert prefill.wrong(y, x, q) == 2
     assert prefill.wrong(y * (1 + 2 * torch.finfo(dtype).eps), x, q) > 1000

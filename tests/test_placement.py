@@ -227,6 +227,7 @@ def test_disk_makes_the_folder_that_memory_makes(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["cpu", "disk"]
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("end", ["error", "interrupt", "kill"])
 def test_nothing_stays_on_the_disk_of_a_run_that_ends_early(
     end: str, float_folder: Callable[[str], Path], options: dict[str, Any], tmp_path: Path

@@ -130,7 +130,9 @@ def test_a_rearranged_layer_keeps_its_dtype_and_device(monkeypatch: pytest.Monke
 
 
 def test_an_unknown_kernel_is_refused() -> None:
-    with pytest.raises(MBQError, match="Unknown kernel 'marlin'; choose auto or one of cuda, triton, reference"):
+    with pytest.raises(
+        MBQError, match="Unknown kernel 'marlin'; choose auto or one of cuda, triton, humming, reference"
+    ):
         layer(SCHEMES["W3A16"], torch.float32)[0].use("marlin")
 
 

@@ -35,6 +35,7 @@ from mbq.search import _Search, token_roles
 from tests import tiny
 from tests.conftest import ANSWERS, row, write_rows
 
+pytestmark = pytest.mark.forks
 SAMPLES = "7"
 LOST = "A process of this run died, or all were told to end; start it again"
 
