@@ -35,6 +35,7 @@ from mbq.rows import Row, check_images, data_hash, read_rows
 from mbq.scheme import SCHEMES, Scheme
 from mbq.search import GroupSearch, equalize_model
 from mbq.sensitivity import Sensitivity, measure
+from mbq.storage import give_back
 from mbq.vision_tower import smooth_vision_tower, tower_linears
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ def quantize(
     chosen = _method(recipe.method)
     if output is not None:
         check_new(output)
+    storing_folder(recipe.offload_folder, output)
     seconds: dict[str, float] = {}
     with _timed(seconds, "read"):
         rows = _rows(recipe, rows)  # before the model, which takes longer
@@ -135,6 +137,7 @@ def quantize(
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
                 sensitivity = _measured(binding, batches, inputs, recipe, plan, progress, state)
+            give_back()  # the inputs of all blocks
         finished = FinishedBlocks(binding, targets, chosen, state) if ranks.rank() == 0 else None
         with _timed(seconds, "search"):
             search = _equalize(binding, batches, inputs, chosen, targets, sensitivity, recipe, plan, progress, finished)

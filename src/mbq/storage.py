@@ -40,7 +40,17 @@ def in_memory(tensor: torch.Tensor) -> torch.Tensor:
     size = tensor.nbytes
     if tensor.device.type != "cuda" or not size or (1 << (size - 1).bit_length()) > WASTE * size:
         return tensor.to("cpu")
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    except RuntimeError:  # the system gives no more such pages
+        return tensor.to("cpu")
+
+
+def give_back() -> None:
+    """What ``in_memory`` has taken and nobody uses any more: torch would keep it for tensors of the same size."""
+    empty = getattr(torch._C, "_host_emptyCache", None)  # torch.accelerator.empty_host_cache in newer versions
+    if empty is not None and torch.cuda.is_available():
+        empty()
 
 
 def on_disk(tensor: torch.Tensor, folder: Path) -> torch.Tensor:
