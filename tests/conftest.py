@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Triton reads it when it is imported, and torch may import it: without a GPU its kernels run in the interpreter.
 if shutil.which("nvidia-smi") is None:
@@ -67,3 +68,9 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(8):
         tiny.picture(i).save(folder / "images" / f"{i}.png")
     return write_rows(folder / "calib.jsonl", [row(f"{i}.png", ANSWERS[i % len(ANSWERS)]) for i in range(8)])
+
+
+@pytest.fixture
+def options(calibration: Path) -> dict[str, Any]:
+    images = calibration.parent / "images"
+    return {"data": calibration, "images": images, "num_calibration_samples": 4, "batch_size": 2, "device": "cpu"}
