@@ -10,9 +10,10 @@ The models are Qwen2-VL's language models, built from their published configurat
 spread as in trained models: norms, up_proj's and v_proj's rows are lognormal, and one channel in a hundred is ten times
 larger. A sample has ``--vision`` vision tokens in its middle and an answer at its end.
 
-``--compare`` looks at every group exhaustively and by races that begin with various numbers of tokens: the share of
-groups with the same alpha, the loss of the race's alpha over the best, and seconds. ``--demo`` does it for the trained
-reference models, through ``mbq.quantize``; "plain" compares all candidates on all tokens, one after the other.
+``--compare`` searches exhaustively and by races that begin with various numbers of tokens: the share of groups with the
+same alpha, the loss of the race's alpha over the best, and seconds, the blocks' forward pass included. ``--demo`` does
+it for the trained reference models, through ``mbq.quantize``; "plain" compares all candidates on all tokens, one after
+the other.
 """
 
 from __future__ import annotations
@@ -37,16 +38,15 @@ from mbq import group, ranks
 from mbq.architecture import bind
 from mbq.calibration import CalibrationBatch
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config, save_model
-from mbq.cost import cost_of
+from mbq.cost import cost_of, speed
 from mbq.finished import FinishedBlocks
-from mbq.methods import METHODS, Method, SearchOptions
-from mbq.methods.mbq import token_weights
+from mbq.methods import METHODS, SearchOptions
 from mbq.output import ignored
 from mbq.pipeline import target_schemes
 from mbq.placement import make_plan, place
 from mbq.recipe import Recipe
 from mbq.room import room
-from mbq.search import equalize_model
+from mbq.search import GroupSearch, equalize_model
 from mbq.sensitivity import measure
 
 SHAPES = {
@@ -144,6 +144,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         batch_size=args.batch_size,
         search_tokens=args.search_tokens,
         offload=args.offload,
+        activations=args.activations,
     )
     model = build(args.shape, args.blocks, str(device))
     binding, method = bind(model), METHODS[recipe.method]
@@ -157,7 +158,14 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(args.limit * 1e9 / total)
     lengths = [(len(batch.labels), args.tokens) for batch in batches[ranks.part(len(batches))]]
     cost = cost_of(binding, lengths, recipe, checkpoint_bytes(model, config))
-    plan = make_plan(cost, room(device, Path(tempfile.gettempdir())), device, offload=recipe.offload)
+    plan = make_plan(
+        cost,
+        room(device, Path(tempfile.gettempdir())),
+        device,
+        offload=recipe.offload,
+        activations=recipe.activations,
+        speed=speed(device, torch.bfloat16),
+    )
     if ranks.rank() == 0:
         print(plan, flush=True)
     if args.limit:
@@ -192,50 +200,46 @@ def run(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Every group of a few blocks, exhaustively and by races."""
+    """The search of a few blocks exhaustively and by races, each from the same weights."""
     model = build(args.shape, args.blocks, str(device))
     binding, batches = bind(model), samples(model, args)
-    sensitivity = measure(binding, batches)
-    found: list[dict[str, Any]] = []
+    sensitivity, numbers = measure(binding, batches), Recipe.of(scheme=args.scheme).numbers
+    weights = {name: value.clone() for name, value in binding.blocks.state_dict().items()}
+    searched, seconds = dict[str, list[GroupSearch]](), dict[str, float]()
+    for first in (None, *FIRST, None):  # the first is thrown away: it also warms everything up
+        binding.blocks.load_state_dict(weights)
+        begun = time.perf_counter()
+        rows = equalize_model(
+            binding, batches, METHODS["mbq"], numbers, SearchOptions(tokens=first), sensitivity=sensitivity
+        )
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds[str(first)] = time.perf_counter() - begun
+        searched[str(first)] = [row for row in rows if row.alpha is not None]
+        print(first, round(seconds[str(first)], 2), flush=True)
+    groups = [
+        {
+            "group": f"block {plain.block}, {plain.group}",
+            "losses": list(plain.losses),
+            "alphas": {first: rows[index].alpha for first, rows in searched.items()},
+        }
+        for index, plain in enumerate(searched[str(None)])
+    ]
+    return {"blocks": len(binding.blocks), "groups": groups, "summary": summary(groups, seconds)}
 
-    def both(searched: group.Group, options: SearchOptions) -> Any:
-        weights, row = token_weights(searched, "released", "mae"), {"group": searched.name}
-        choice = None
-        for first in (*FIRST, None):
-            steps = time.perf_counter()
-            choice = searched.search(weights, "mae", first)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            row[str(first)] = {
-                "alpha": choice.alpha,
-                "seconds": time.perf_counter() - steps,
-            }
-        assert choice is not None
-        row["losses"] = list(choice.losses)
-        found.append(row)
-        print(row, flush=True)
-        return choice
 
-    method = Method("mbq", both, METHODS["mbq"].round, weighs=True)
-    equalize_model(binding, batches, method, Recipe.of(scheme=args.scheme).numbers, sensitivity=sensitivity)
-    return {"blocks": len(binding.blocks), "groups": found, "summary": summary(found)}
-
-
-def summary(found: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def summary(groups: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, dict[str, float]]:
     """For each first round: share of equal alphas, the loss over the least (mean and worst, in %), and seconds."""
     made = {}
-    for first in (*FIRST, None):
-        rows = [(row[str(first)], row["losses"]) for row in found]
-        worse = [100 * (losses[round(20 * own["alpha"])] / min(losses) - 1) for own, losses in rows]
-        made[str(first)] = {
+    for first in map(str, (*FIRST, None)):
+        worse = [100 * (row["losses"][round(20 * row["alphas"][first])] / min(row["losses"]) - 1) for row in groups]
+        made[first] = {
             "equal": sum(each == 0 for each in worse) / len(worse),
             "worse, mean %": sum(worse) / len(worse),
             "worse, most %": max(worse),
-            "seconds": sum(own["seconds"] for own, _ in rows),
+            "seconds": seconds[first],
+            "times faster": seconds[str(None)] / seconds[first],
         }
-    exhaustive = made[str(None)]["seconds"]
-    for row in made.values():
-        row["times faster"] = exhaustive / row["seconds"]
     return made
 
 
@@ -291,6 +295,7 @@ def main() -> None:
     parser.add_argument("--scheme", default="W3A16")
     parser.add_argument("--search-tokens", type=int, default=Recipe().search_tokens)
     parser.add_argument("--offload", default="auto")
+    parser.add_argument("--activations", default="auto")
     parser.add_argument("--limit", type=float, help="GB of the GPU that may be used")
     parser.add_argument("--compare", action="store_true", help="races with the exhaustive search")
     parser.add_argument("--demo", action="store_true", help="the reference models, on the CPU")

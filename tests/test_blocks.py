@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from mbq.blocks import capture, forward, run, run_with, trace
+from mbq.blocks import capture, forward, run, run_with
 from mbq.storage import in_memory
+from mbq.trace import GroupTrace, Look, trace
 from tests.calibrated import calibrated
 from tests.tiny import FAMILY_NAMES
 
@@ -50,21 +51,52 @@ def test_trace_records_what_each_group_reads_and_what_its_inspected_module_retur
     binding, batches = setting
     block = binding.blocks[0]
     hidden, calls = capture(binding, batches)
-    traces, outputs = trace(block, binding.architecture.groups, hidden, calls[0])
+    traces = [GroupTrace(group) for group in binding.architecture.groups]
+    outputs, finite = trace(block, traces, hidden, calls[0])
+    assert len(finite) == len(batches)
+    assert all(finite)
     torch.testing.assert_close(outputs, recorded(block, batches, binding.model)[1])
-    for group in binding.architecture.groups:
-        for path in group.linears:
+    for found in traces:
+        for path in found.group.linears:
             read, _ = recorded(block.get_submodule(path), batches, binding.model)
-            torch.testing.assert_close(traces[group.name].inputs, read)
-        _, returned = recorded(block.get_submodule(group.inspect), batches, binding.model)
-        torch.testing.assert_close(traces[group.name].outputs, returned)
+            torch.testing.assert_close(found.inputs, read)
+        _, returned = recorded(block.get_submodule(found.group.inspect), batches, binding.model)
+        torch.testing.assert_close(found.outputs, returned)
+
+
+@pytest.mark.parametrize("storage", [None, in_memory])
+def test_a_trace_keeps_the_tokens_that_are_looked_at_and_counts_all(setting, storage):
+    """Single tokens where a module treats them alone, else whole batches; none of a batch without such tokens."""
+    binding, batches = setting
+    block = binding.blocks[0]
+    hidden, calls = capture(binding, batches)
+    whole = [GroupTrace(group) for group in binding.architecture.groups]
+    trace(block, whole, hidden, calls[0])
+    lengths = [batch.labels.numel() for batch in batches]
+    torch.manual_seed(0)
+    counted, compared = torch.rand(sum(lengths)) < 0.7, torch.rand(sum(lengths)) < 0.3
+    compared[: lengths[0]] = False
+    for all, alone in zip(whole, (False, True, True, True), strict=True):
+        found = GroupTrace(all.group, Look(counted, compared, alone))
+        trace(block, [found], hidden, calls[0], storage)
+        assert found.batches == list(range(1, len(batches)))
+        x, y = (torch.cat([each.flatten(0, -2) for each in kept]) for kept in (all.inputs, all.outputs))
+        torch.testing.assert_close(torch.stack(found.sums).sum(0), x[counted].abs().sum(0))
+        torch.testing.assert_close(torch.stack(found.maxima).amax(0), x[counted].abs().amax(0))
+        if alone:
+            torch.testing.assert_close(torch.cat(found.inputs), x[compared])
+            torch.testing.assert_close(torch.cat(found.outputs), y[compared])
+        else:
+            torch.testing.assert_close((found.inputs, found.outputs), (all.inputs[1:], all.outputs[1:]))
+            assert len(found.calls) == len(batches) - 1
 
 
 def test_run_with_equals_a_copy_that_has_these_weights(setting):
     binding, batches = setting
     block, group = binding.blocks[1], binding.architecture.groups[0]
     hidden, calls = capture(binding, batches)
-    traces, _ = trace(block, [group], hidden, calls[1])  # any hidden states will do
+    found = GroupTrace(group)
+    trace(block, [found], hidden, calls[1])  # any hidden states will do
     module = block.get_submodule(group.inspect)
     before = copy.deepcopy(module.state_dict())
     paths = [path.removeprefix(group.inspect + ".") for path in group.linears]
@@ -74,13 +106,13 @@ def test_run_with_equals_a_copy_that_has_these_weights(setting):
     for path, weight in weights.items():
         changed.get_submodule(path).weight.data = weight
         changed.get_submodule(path).register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
-    call = traces[group.name].calls[0]
+    call = found.calls[0]
     with torch.no_grad():
         expected = changed(*call.args, **call.kwargs)[0]
-    found = run_with(module, call, weights, lambda x: x * 0.5)
+    output = run_with(module, call, weights, lambda x: x * 0.5)
 
-    torch.testing.assert_close(found, expected)
-    assert not torch.allclose(found, traces[group.name].outputs[0])
+    torch.testing.assert_close(output, expected)
+    assert not torch.allclose(output, found.outputs[0])
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert not any(module.get_submodule(path)._forward_pre_hooks for path in paths)
 

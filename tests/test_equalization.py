@@ -100,11 +100,11 @@ def test_the_papers_objective_is_released_mae_without_a_floor_up_to_a_constant()
 
 def test_the_first_of_equal_candidates_wins_and_one_that_is_not_finite_never_does():
     values = torch.tensor([math.nan, 3.0, -math.inf, 2.0, 2.0] + [5.0] * 15)
-    choice = best_candidate(torch.rand(4), lambda vectors, count: values, "block 1, down")
+    choice = best_candidate(torch.rand(4), lambda vectors, count: values, "block 1, down", [(20, None)])
     assert choice.alpha == ALPHAS[3]
     assert choice.losses[3:5] == (2.0, 2.0)
     with pytest.raises(MBQError, match="block 1, down"):
-        best_candidate(torch.rand(4), lambda vectors, count: torch.full((20,), math.nan), "block 1, down")
+        best_candidate(torch.rand(4), lambda vectors, count: torch.full((20,), math.nan), "block 1, down", [(20, None)])
 
 
 def test_a_race_compares_the_best_quarter_again_on_four_times_the_tokens():
@@ -116,7 +116,7 @@ def test_a_race_compares_the_best_quarter_again_on_four_times_the_tokens():
         seen.append((len(vectors), count))
         return {100: first, 400: torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), 900: torch.tensor([1.5, 1.0])}[count]
 
-    choice = best_candidate(torch.rand(4) + 1, losses, "block 0, qkv", tokens=100, weighted=900)
+    choice = best_candidate(torch.rand(4) + 1, losses, "block 0, qkv", rounds(100, 900))
     assert seen == [(20, 100), (5, 400), (2, 900)]
     assert choice.alpha == ALPHAS[4]
     assert choice.losses == (5.0, 4.0, 3.0, 1.5, 1.0, *first[5:].tolist())
@@ -214,10 +214,10 @@ def test_when_language_is_sensitive_mbq_protects_it_better_than_awq():
         return x @ (fake_quantize(weight * vector, scheme) / vector).T
 
     def chosen(weights):
-        def losses(vectors, count):
+        def losses(vectors, _):
             return torch.stack([token_loss(target, output(vector), weights, 1) for vector in vectors])
 
-        return best_candidate(x.abs().mean(0), losses, "toy")
+        return best_candidate(x.abs().mean(0), losses, "toy", [(20, None)])
 
     def error(choice, mask):
         return (target - output(choice.equalization))[mask].abs().mean()

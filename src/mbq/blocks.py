@@ -15,9 +15,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from mbq.architecture import Binding, LinearGroup
+from mbq.architecture import Binding
 from mbq.calibration import CalibrationBatch
-from mbq.errors import MBQError
 from mbq.storage import Keep, kept
 
 _CACHES = ("past_key_value", "past_key_values")
@@ -37,7 +36,7 @@ class Call:
 
     def to(self, device: torch.device) -> Call:
         memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        return Call(*(_moved(each, _to(device), memo) for each in (self.args, self.kwargs, self.added)))
+        return Call(*(moved(each, _to(device), memo) for each in (self.args, self.kwargs, self.added)))
 
     def tensors(self) -> list[torch.Tensor]:
         """Those among the arguments, in order."""
@@ -53,20 +52,6 @@ class Call:
     def form(self) -> str:
         """The same for calls that differ in the numbers of their tensors alone."""
         return repr(_mapped((self.args, self.kwargs), lambda tensor: (tensor.dtype, tuple(tensor.shape))))
-
-
-@dataclass(frozen=True)
-class GroupTrace:
-    """What one group of one block saw in the float model; a tensor or call a batch.
-
-    inputs   [batch, token, channel]: what the group's linears read
-    calls    how the block called the group's inspected module
-    outputs  [batch, token, channel]: what the inspected module returned
-    """
-
-    inputs: list[torch.Tensor]
-    calls: list[Call]
-    outputs: list[torch.Tensor]
 
 
 # Hidden states that go into the first block, a batch; and ``calls[block][batch]``.
@@ -91,7 +76,7 @@ def capture(binding: Binding, batches: Sequence[CalibrationBatch], storage: Keep
             hidden.append(kept(states, storage))
         elif bool(states.any()):
             added = states
-        calls[index].append(Call(*(_moved(each, storage, memo) for each in (call.args, call.kwargs, added))))
+        calls[index].append(Call(*(moved(each, storage, memo) for each in (call.args, call.kwargs, added))))
         if index == len(calls) - 1:
             raise _LastBlock
 
@@ -155,7 +140,7 @@ def placed(binding: Binding, index: int, changes: bool = False) -> Iterator[nn.M
 
 def forward(model: nn.Module, batch: CalibrationBatch) -> Any:
     """The model's output for a batch, on the model's device and without a cache."""
-    return model(**_moved(batch.inputs, _to(device_of(model)), {}), use_cache=False)
+    return model(**moved(batch.inputs, _to(device_of(model)), {}), use_cache=False)
 
 
 def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
@@ -164,55 +149,7 @@ def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     call, hidden = call.to(device), hidden.to(device)
     if call.added is not None:
         hidden = hidden + call.added
-    return _first(block(hidden, *call.args, **call.kwargs))
-
-
-def check_outputs(binding: Binding, index: int, outputs: Sequence[torch.Tensor], group: str = "") -> None:
-    """Raise MBQError, with the names of the block and of its ``group``, where ``outputs`` hold a NaN or an infinity."""
-    device = device_of(binding.model)  # looks faster than a CPU, even at what has to be brought
-    if bool(torch.stack([torch.isfinite(each.to(device)).all() for each in outputs]).all()):
-        return
-    path, dtype = binding.name(index, "").rstrip("."), str(outputs[0].dtype).removeprefix("torch.")
-    raise MBQError(
-        f"The output of {f'block {index}, {group}, in ' if group else ''}{path} is not finite in {dtype}; "
-        f"{'give --dtype bfloat16 or float32' if dtype == 'float16' else 'check the checkpoint'}."
-    )
-
-
-@torch.no_grad()
-def trace(
-    block: nn.Module,
-    groups: Sequence[LinearGroup],
-    hidden: Sequence[torch.Tensor],
-    calls: Sequence[Call],
-    storage: Keep | None = None,
-) -> tuple[dict[str, GroupTrace], list[torch.Tensor]]:
-    """One forward of the block a batch: the trace of each group by its name, and the block's outputs."""
-    traces = {group.name: GroupTrace([], [], []) for group in groups}
-    outputs = []
-    memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what several groups see is kept once
-
-    def read(found: GroupTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.inputs.append(_moved(args[0], storage, memo))
-
-    def called(found: GroupTrace, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.calls.append(Call(_moved(args, storage, memo), _moved(kwargs, storage, memo)))
-
-    def returned(found: GroupTrace, output: torch.Tensor) -> None:
-        found.outputs.append(_moved(output, storage, memo))
-
-    with hooked() as hooks, evaluating(block):
-        for group in groups:
-            found = traces[group.name]
-            inspected = block.get_submodule(group.inspect)
-            linear = block.get_submodule(group.linears[0])
-            hooks.append(linear.register_forward_pre_hook(_before(read, found), with_kwargs=True))
-            hooks.append(inspected.register_forward_pre_hook(_before(called, found), with_kwargs=True))
-            hooks.append(inspected.register_forward_hook(_after(returned, found)))
-        for states, call in zip(hidden, calls, strict=True):
-            memo.clear()
-            outputs.append(kept(run(block, states, call), storage))
-    return traces, outputs
+    return first(block(hidden, *call.args, **call.kwargs))
 
 
 @torch.no_grad()
@@ -234,7 +171,7 @@ def run_with(
             for name in weights:
                 hook = _reading(read)
                 hooks.append(module.get_submodule(name).register_forward_pre_hook(hook))
-        return _first(torch.func.functional_call(module, parameters, call.args, call.kwargs))
+        return first(torch.func.functional_call(module, parameters, call.args, call.kwargs))
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -261,13 +198,6 @@ def _before(record: Callable[..., None], subject: Any) -> Callable[..., None]:
     return hook
 
 
-def _after(record: Callable[..., None], subject: Any) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record(subject, _first(output))
-
-    return hook
-
-
 def _reading(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tuple[torch.Tensor]]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
         return (read(args[0]),)
@@ -275,7 +205,7 @@ def _reading(read: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., tupl
     return hook
 
 
-def _first(output: Any) -> torch.Tensor:
+def first(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -283,7 +213,7 @@ def _to(device: torch.device) -> Keep:
     return lambda tensor: tensor.to(device)
 
 
-def _moved(value: Any, move: Keep | None, memo: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+def moved(value: Any, move: Keep | None, memo: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
     """``value`` with its tensors moved (None: where they are).
 
     A tensor that blocks share stays shared: ``memo`` maps its id to itself (so that the id stays taken) and its copy.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 
 from mbq.architecture import Binding, LinearGroup
 from mbq.equalization import rounds
-from mbq.group import _TOKENS_AT_ONCE
+from mbq.group import _TOKENS_AT_ONCE, token_wise
 from mbq.methods import METHODS
 from mbq.recipe import Recipe
 
@@ -65,7 +66,7 @@ def cost_of(binding: Binding, lengths: Lengths, recipe: Recipe, packed: int) -> 
         packed=packed,
         working=working_bytes(shapes, lengths, recipe),
         inputs=input_bytes(shapes, lengths) if method.weighs else 0,
-        traces=trace_bytes(shapes, lengths) * (2 if recipe.distorted_input else 1) if searches else 0,
+        traces=trace_bytes(shapes, lengths, recipe) * (2 if recipe.distorted_input else 1) if searches else 0,
         copies=copied_bytes(shapes, lengths, recipe) if searches else 0,
         sensitivity=sensitivity_operations(shapes, lengths) if method.weighs else 0,
         search=search_operations(shapes, lengths, recipe) if searches else 0,
@@ -149,10 +150,25 @@ def input_bytes(shapes: Shapes, lengths: Lengths) -> int:
     return numbers * shapes.hidden * shapes.itemsize + call_bytes(shapes, lengths)
 
 
-def trace_bytes(shapes: Shapes, lengths: Lengths) -> int:
-    """What goes into the first block, into a block, its groups and its attention, and what comes out of them."""
-    read = sum(shapes.sizes[group.linears[0]][1] for group in shapes.groups)
-    return token_count(lengths) * (read + 5 * shapes.hidden) * shapes.itemsize + 2 * call_bytes(shapes, lengths)
+def trace_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
+    """What goes into the first block, into a block and out of it, and what its groups read and make of the tokens that
+    are evaluated: of whole batches, with their calls, in an attention.
+    """
+    tokens, calls = token_count(lengths), call_bytes(shapes, lengths)
+    numbers, kept_calls = 3 * tokens * shapes.hidden, calls
+    for group in shapes.searched(recipe) if tokens and METHODS[recipe.method].token_weights is not None else ():
+        kept = kept_tokens(lengths, recipe, token_wise(group))
+        numbers += kept * (shapes.sizes[group.linears[0]][1] + shapes.hidden)
+        kept_calls += 0 if token_wise(group) else calls * kept // tokens
+    return numbers * shapes.itemsize + kept_calls
+
+
+def kept_tokens(lengths: Lengths, recipe: Recipe, alone: bool) -> int:
+    """Of all comparisons of a group together. Where tokens are not treated ``alone``, those of whole batches."""
+    tokens, each = token_count(lengths), [count for _, count in compared(lengths, recipe)]
+    if not alone:
+        each = [math.ceil(count / tokens * len(lengths)) * longest_batch(lengths) for count in each]
+    return min(tokens, sum(each))
 
 
 def copied_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:

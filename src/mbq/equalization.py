@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from mbq.errors import MBQError
 ALPHAS = tuple(step / 20 for step in range(20))
 POWERS = {"mae": 1, "mse": 2}
 QUARTER = 4  # the part of the candidates that is compared again, on as many times more tokens
+T = TypeVar("T")
 _LEAST_CANDIDATE = 1e-4
 _LEAST_MAXIMUM = 1e-5
 
@@ -41,7 +43,7 @@ class TokenRoles:
     language  positions that count as language
     counted   tokens that statistics and uniform weights see: all but padding, in the parity mode padding too
     own       those that went through this process's model
-    lengths   tokens of each batch
+    lengths   tokens of each batch; ``own_lengths`` of this process's
     """
 
     vision: torch.Tensor
@@ -49,6 +51,7 @@ class TokenRoles:
     counted: torch.Tensor
     own: slice = field(default_factory=lambda: slice(None))
     lengths: tuple[int, ...] = ()
+    own_lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> TokenRoles:
         """The same there: a CPU would need longer to weigh tokens than a GPU to compare candidates on them."""
@@ -104,25 +107,22 @@ def gradient_weights(roles: TokenRoles, language: float, vision: float) -> torch
 
 def best_candidate(
     mean_abs: torch.Tensor,
-    losses: Callable[[torch.Tensor, int], torch.Tensor],
+    losses: Callable[[torch.Tensor, T], torch.Tensor],
     name: str,
-    tokens: int | None = None,
-    weighted: int = 1,
+    comparisons: Sequence[tuple[int, T]],
 ) -> Choice:
     """The candidate with the least loss, the first of equals; one that is not finite never wins.
 
-    ``losses(E [candidate, channel], count)`` are theirs, on about ``count`` of the ``weighted`` tokens. Successive
-    halving (Jamieson and Talwalkar, arXiv 1502.07943): all candidates are compared on ``tokens``, a quarter of them
-    again on four times as many, and so on. A candidate's loss is that of the last round that it was in. ``tokens``
-    None: one round, on everything.
+    Each of the ``comparisons`` says how many of the best are compared, and on what: ``losses(E [candidate, channel],
+    what)`` are theirs. A candidate's loss is that of the last comparison that it was in.
 
     Raises MBQError, with the group's ``name``, where no candidate has a finite loss.
     """
     vectors = candidates(mean_abs)
     found, alive = torch.full((len(vectors),), math.nan, dtype=torch.float64), list(range(len(vectors)))
-    for number, count in rounds(tokens, weighted):
+    for number, on in comparisons:
         alive = sorted(alive[:number])
-        found[alive] = ranks.total(losses(vectors[alive], count).double()).cpu()
+        found[alive] = ranks.total(losses(vectors[alive], on).double()).cpu()
         alive = sorted((index for index in alive if math.isfinite(found[index])), key=found.tolist().__getitem__)
         if not alive:
             raise MBQError(f"No candidate of {name} has a finite loss; try --dtype float32 or check the checkpoint.")
@@ -130,7 +130,11 @@ def best_candidate(
 
 
 def rounds(tokens: int | None, weighted: int) -> list[tuple[int, int]]:
-    """How many candidates are compared on how many of the ``weighted`` tokens, round after round."""
+    """How many candidates are compared on how many of the ``weighted`` tokens, round after round.
+
+    Successive halving (Jamieson and Talwalkar, arXiv 1502.07943): all are compared on ``tokens``, a quarter of them
+    again on four times as many, and so on. ``tokens`` None: one round, on everything.
+    """
     number, count = len(ALPHAS), weighted if tokens is None else min(tokens, weighted)
     found = [(number, count)]
     while count < weighted and number > 2:

@@ -14,10 +14,11 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import LinearGroup
-from mbq.blocks import Call, GroupTrace, device_of, run_with
-from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, drawn, shared_mean, token_loss
+from mbq.blocks import Call, device_of, run_with
+from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, drawn, rounds, shared_mean, token_loss
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import Scheme
+from mbq.trace import GroupTrace, Look
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,10 @@ log = logging.getLogger(__name__)
 _TOKENS_AT_ONCE = 8192
 # Bytes of inputs of an attention, times candidates and calls, that are one call: small ones cost their launches.
 _AT_ONCE = 2**26
+
+
+# How many candidates are compared, and the weights [token] under which.
+Comparisons = Sequence[tuple[int, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,14 @@ class Weighing:
 class Group:
     """Everything that a method may look at to choose a group's vector.
 
-    name      block and group, for messages
-    norm_fed  what comes before is a norm, not a linear
-    sources   [channel]: the row of what comes before that makes each channel
-    module    the inspected module
-    weights   the group's linears that are quantized: paths in the inspected module, and weights [out, channel]
-    seen      what goes in: ``inputs`` [batch, token, channel] and the inspected module's calls, a batch each
-    targets   [batch, token, channel] a batch: the inspected module's output in the float model
-    weighing  None for methods that need no sensitivity
+    name         block and group, for messages
+    norm_fed     what comes before is a norm, not a linear
+    sources      [channel]: the row of what comes before that makes each channel
+    module       the inspected module
+    weights      the group's linears that are quantized: paths in the inspected module, and weights [out, channel]
+    comparisons  how many candidates are compared under which weights [token] of the whole calibration set's tokens
+    seen         what goes in
+    targets      the inspected module's output in the float model
     """
 
     name: str
@@ -56,45 +61,31 @@ class Group:
     sources: torch.Tensor
     module: nn.Module
     weights: dict[str, torch.Tensor]
+    comparisons: Comparisons
     seen: GroupTrace
-    targets: list[torch.Tensor]
+    targets: GroupTrace
     roles: TokenRoles
-    weighing: Weighing | None
     scheme: Scheme
 
     def mean_abs(self) -> torch.Tensor:
         """Mean of |X| over the counted tokens, [channel]; the same for channels that come from one row."""
-        total = ranks.total(torch.stack([x.float().abs().sum(0) for x in self._counted()]).double().sum(0))
+        total = ranks.total(torch.stack(self.seen.sums).double().sum(0))
         return shared_mean(total / int(self.roles.counted.sum()), self.sources).float()
 
     def max_abs(self) -> torch.Tensor:
         """Maximum of |X| over the counted tokens, [channel]."""
-        return ranks.largest(torch.stack([x.float().abs().amax(0) for x in self._counted()]).amax(0))
+        return ranks.largest(torch.stack(self.seen.maxima).amax(0))
 
-    def search(self, token_weights: torch.Tensor, norm: str, tokens: int | None = None) -> Choice:
-        """The candidate with the least loss, under the weights [token] of the whole calibration set's tokens.
+    def search(self, norm: str) -> Choice:
+        """The candidate that wins the ``comparisons``, errors taken by ``norm``."""
 
-        tokens  that a first comparison of all candidates looks at (``best_candidate``); None: every comparison, at all
-        """
-
-        def losses(vectors: torch.Tensor, count: int) -> torch.Tensor:
-            pieces = self._pieces(self._drawn(token_weights, count)[self.roles.own])
+        def losses(vectors: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+            pieces = self._pieces(token_weights[self.roles.own])
             largest = max((piece.x.nbytes for piece in pieces), default=1)
-            several = 1 if self._token_wise() else max(1, _AT_ONCE // largest)
+            several = 1 if token_wise(self.group) else max(1, _AT_ONCE // largest)
             return torch.cat([self._losses(some, pieces, POWERS[norm]) for some in vectors.split(several)])
 
-        weighted = int((token_weights > 0).sum())
-        return best_candidate(self.mean_abs(), losses, self.name, tokens, weighted)
-
-    def _drawn(self, token_weights: torch.Tensor, count: int) -> torch.Tensor:
-        """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""
-        weighted = int((token_weights > 0).sum())
-        if self._token_wise() or count >= weighted:
-            return drawn(token_weights, count)
-        batches = token_weights.split(self.roles.lengths)
-        whole = torch.stack([weights.double().sum() for weights in batches])
-        kept = drawn(whole, math.ceil(count / weighted * len(batches)))
-        return torch.cat([w * (new / old if old else 0) for w, new, old in zip(batches, kept, whole, strict=True)])
+        return best_candidate(self.mean_abs(), losses, self.name, self.comparisons)
 
     def _losses(self, vectors: torch.Tensor, pieces: Sequence[_Piece], power: int) -> torch.Tensor:
         """Weighted error of the inspected module's output, the group quantized under E: Q_w(W E) Q_a(E^-1 X).
@@ -130,32 +121,59 @@ class Group:
 
     def _pieces(self, token_weights: torch.Tensor) -> list[_Piece]:
         """The work of one comparison. A token that weighs nothing is left out where no other token can see it."""
-        device = device_of(self.module)
-        if self._token_wise():
-            keep = token_weights.nonzero().flatten()
-            x, target = (_rows(each, keep).split(_TOKENS_AT_ONCE) for each in (self.seen.inputs, self.targets))
-            weights = token_weights[keep].to(device).split(_TOKENS_AT_ONCE)
-            return [_Piece(Call((x,), {}), x, y, w) for x, y, w in zip(x, target, weights, strict=True)]
+        device, look = device_of(self.module), self.seen.look
+        assert look is not None
+        if not self.seen.batches:
+            return []
+        if look.alone:
+            weights = token_weights[look.compared.to(token_weights.device)]
+            keep = weights.nonzero().flatten()
+            x, target = (_rows(each, keep).split(_TOKENS_AT_ONCE) for each in (self.seen.inputs, self.targets.outputs))
+            each = weights[keep].to(device).split(_TOKENS_AT_ONCE)
+            return [_Piece(Call((x,), {}), x, y, w) for x, y, w in zip(x, target, each, strict=True)]
         pieces = []
-        for x, call, y, w in zip(
-            self.seen.inputs, self.seen.calls, self.targets, self._split(token_weights), strict=True
+        batches = token_weights.split(self.roles.own_lengths)
+        for batch, x, call, y in zip(
+            self.seen.batches, self.seen.inputs, self.seen.calls, self.targets.outputs, strict=True
         ):
-            keep = w.nonzero().flatten()
+            keep = batches[batch].nonzero().flatten()
             if len(keep):
-                pieces.append(_Piece(call, x, _rows([y], keep), w[keep].to(device), keep.to(device)))
+                pieces.append(_Piece(call, x, _rows([y], keep), batches[batch][keep].to(device), keep.to(device)))
         return pieces
 
-    def _token_wise(self) -> bool:
-        """Whether the inspected module treats each token alone: one linear, or the MLP."""
-        return self.group.inspect in self.group.linears or (self.group.inspect != "" and self.group.part == "mlp")
 
-    def _counted(self) -> Iterator[torch.Tensor]:
-        """[token, channel] a batch, on the module's device: what is kept elsewhere must give the same numbers."""
-        for x, counted in zip(self.seen.inputs, self._split(self.roles.counted[self.roles.own]), strict=True):
-            yield _rows([x], counted.nonzero().flatten()).to(device_of(self.module))
+def token_wise(group: LinearGroup) -> bool:
+    """Whether the inspected module treats each token alone: one linear, or the MLP."""
+    return group.inspect in group.linears or (group.inspect != "" and group.part == "mlp")
 
-    def _split(self, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return values.split([x.shape[:-1].numel() for x in self.seen.inputs])
+
+def comparisons(
+    group: LinearGroup, token_weights: torch.Tensor | None, roles: TokenRoles, tokens: int | None
+) -> Comparisons:
+    """Those of a race whose first looks at ``tokens`` (None: one comparison, of everything); none without weights."""
+    if token_weights is None:
+        return []
+    weighted = int((token_weights > 0).sum())
+    return [(number, _drawn(group, token_weights, roles, count)) for number, count in rounds(tokens, weighted)]
+
+
+def look(group: LinearGroup, compared: Comparisons, roles: TokenRoles) -> Look:
+    """What a trace must keep for these."""
+    needed = torch.zeros_like(roles.counted)
+    for _, weights in compared:
+        needed |= weights > 0
+    return Look(roles.counted[roles.own].cpu(), needed[roles.own].cpu(), token_wise(group))
+
+
+def _drawn(group: LinearGroup, token_weights: torch.Tensor, roles: TokenRoles, count: int) -> torch.Tensor:
+    """Other weights, of ``count`` tokens; of whole batches of them where tokens are not treated alone."""
+    weighted = int((token_weights > 0).sum())
+    if token_wise(group) or count >= weighted:
+        return drawn(token_weights, count)
+    batches = token_weights.split(roles.lengths)
+    whole = torch.stack([weights.double().sum() for weights in batches])
+    kept = drawn(whole, math.ceil(count / weighted * len(batches)))
+    return torch.cat([w * (new / old if old else 0) for w, new, old in zip(batches, kept, whole, strict=True)])
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,17 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding, LinearGroup
-from mbq.blocks import Call, GroupTrace, Inputs, capture, check_outputs, device_of, placed, run_with, trace
+from mbq.blocks import Call, Inputs, capture, device_of, placed, run_with
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
-from mbq.group import Group, Weighing
+from mbq.group import Group, Weighing, comparisons, look
 from mbq.methods.method import Method, SearchOptions
 from mbq.progress import Progress, silent
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import Scheme
 from mbq.sensitivity import PARTS, Sensitivity, ratios
 from mbq.storage import Keep, kept
+from mbq.trace import GroupTrace, check_finite, trace
 
 if TYPE_CHECKING:
     from mbq.finished import FinishedBlocks
@@ -92,7 +93,6 @@ def equalize_model(
         _weighings(sensitivity, options) if method.weighs else None,
     )
     _check_norms(binding)
-    groups = binding.architecture.groups
     hidden, calls = inputs or capture(binding, batches[ranks.part(len(batches))], storage)
     seen = hidden if options.distorted_input else []
     rows: list[GroupSearch] = []
@@ -100,26 +100,23 @@ def equalize_model(
         with placed(binding, index, changes=ranks.rank() == 0) as block:
             earlier = ranks.from_first(finished.rows(index) if finished is not None else None)
             if earlier is not None:
-                _, hidden = trace(block, (), hidden, calls[index], storage)
+                hidden, _ = trace(block, (), hidden, calls[index], storage)
                 if finished is not None:
                     finished.restore(index)
                 rows += earlier
                 progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
                 continue
-            floats, hidden = trace(block, groups, hidden, calls[index], storage)
-            for group in groups:
-                check_outputs(binding, index, floats[group.name].outputs, group.name)
-            check_outputs(binding, index, hidden)
-            reads = floats
+            work = [search.group(index, group) for group in binding.architecture.groups]
+            hidden, finite = trace(block, [made.targets for made in work], hidden, calls[index], storage)
+            search.check(index, work, finite)
             if options.distorted_input:
-                reads, _ = trace(block, groups, seen, calls[index], storage)
-            searched = search.block(index, floats, reads)
+                trace(block, [made.seen for made in work if isinstance(made, Group)], seen, calls[index], storage)
+            searched = search.block(index, work)
             if options.distorted_input:
                 pairs = zip(seen, calls[index], strict=True)
                 seen = [kept(search.quantized(index, states, call), storage) for states, call in pairs]
             if finished is not None:
                 finished.keep(index, searched)
-            del floats, reads  # before the next block's are made
         rows += searched
         progress("search", index + 1, len(binding.blocks), _note(index, searched))
     return rows
@@ -140,7 +137,16 @@ def token_roles(batches: Sequence[CalibrationBatch], parity: bool = False) -> To
         counted=_flat(counted),
         own=slice(sum(sizes[: part.start]), sum(sizes[: part.stop])),
         lengths=tuple(sizes),
+        own_lengths=tuple(sizes[part]),
     )
+
+
+@dataclass(frozen=True)
+class _Skipped:
+    """A group that is not searched; its trace tells whether it overflows."""
+
+    reason: str
+    targets: GroupTrace
 
 
 @dataclass(frozen=True)
@@ -155,19 +161,25 @@ class _Search:
     roles: TokenRoles
     weighings: dict[str, list[Weighing]] | None
 
-    def block(self, index: int, floats: dict[str, GroupTrace], reads: dict[str, GroupTrace]) -> list[GroupSearch]:
+    def check(self, index: int, work: Sequence[Group | _Skipped], finite: Sequence[torch.Tensor]) -> None:
+        """Raise MBQError, with what it is, where a group's output or the block's is not finite."""
+        for made in work:
+            check_finite(self.binding, index, made.targets.finite, made.targets.group.name)
+        check_finite(self.binding, index, finite)
+
+    def block(self, index: int, work: Sequence[Group | _Skipped]) -> list[GroupSearch]:
         """Choose every group's vector on the unfolded block, then fold them all."""
         assert self.method.equalize is not None
         rows, choices = [], []
-        for group in self.binding.architecture.groups:
-            made = self.group(index, group, floats[group.name].outputs, reads[group.name])
-            choice = None if isinstance(made, str) else self.method.equalize(made, self.options)
-            if isinstance(made, str):
-                rows.append(GroupSearch(index, group.name, skipped=made))
+        for made in work:
+            name = made.targets.group.name
+            choice = self.method.equalize(made, self.options) if isinstance(made, Group) else None
+            if isinstance(made, _Skipped):
+                rows.append(GroupSearch(index, name, skipped=made.reason))
             elif choice is None:
-                rows.append(GroupSearch(index, group.name, skipped=f"{self.method.name} leaves this group alone"))
+                rows.append(GroupSearch(index, name, skipped=f"{self.method.name} leaves this group alone"))
             else:
-                rows.append(GroupSearch(index, group.name, choice.alpha, choice.losses))
+                rows.append(GroupSearch(index, name, choice.alpha, choice.losses))
                 choices.append((made, choice))
         # Elsewhere only a distorted input looks at folded weights; the others stay the file's, which all ranks share.
         for made, choice in choices if ranks.rank() == 0 or self.options.distorted_input else ():
@@ -176,15 +188,20 @@ class _Search:
             fold(choice.equalization, made.sources, before, weights)
         return rows
 
-    def group(self, index: int, group: LinearGroup, targets: list[torch.Tensor], seen: GroupTrace) -> Group | str:
-        """The group as the method sees it, or why nothing is searched."""
+    def group(self, index: int, group: LinearGroup) -> Group | _Skipped:
+        """The group as the method sees it, whose traces are still empty."""
+        nothing = GroupTrace(group, look(group, [], self.roles))
         quantized = self._quantized_weights(index, group.inspect, group.linears)
         if not quantized:
-            return "none of its linears is quantized"
+            return _Skipped("none of its linears is quantized", nothing)
         before = self.binding.module(index, group.prev)
         sources = self._sources(index, group, before)
         if isinstance(sources, str):
-            return sources
+            return _Skipped(sources, nothing)
+        weighing = None if self.weighings is None else self.weighings[group.part][index]
+        weights = self.method.token_weights and self.method.token_weights(self.roles, weighing, self.options)
+        compared = comparisons(group, weights, self.roles, self.options.tokens)
+        targets = GroupTrace(group, look(group, compared, self.roles))
         return Group(
             name=f"block {index}, {group.name}",
             group=group,
@@ -192,10 +209,10 @@ class _Search:
             sources=sources,
             module=self.binding.module(index, group.inspect),
             weights=quantized,
-            seen=seen,
+            comparisons=compared,
+            seen=GroupTrace(group, targets.look) if self.options.distorted_input else targets,
             targets=targets,
             roles=self.roles,
-            weighing=None if self.weighings is None else self.weighings[group.part][index],
             scheme=self.scheme,
         )
 

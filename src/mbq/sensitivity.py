@@ -17,7 +17,6 @@ from mbq.blocks import (
     Call,
     Inputs,
     capture,
-    check_outputs,
     device_of,
     evaluating,
     forward,
@@ -25,11 +24,11 @@ from mbq.blocks import (
     passing,
     placed,
     run,
-    trace,
 )
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.errors import MBQError
 from mbq.storage import Keep, kept
+from mbq.trace import check_finite, trace
 
 PARTS = ("attn", "mlp")
 # float16 has no number below 6e-8, and the gradients of the paper's figure are 1.7e-8.
@@ -133,8 +132,8 @@ def token_gradients(
         inputs = [hidden]
         for index in range(len(binding.blocks)):
             with placed(binding, index) as block:
-                _, hidden = trace(block, (), hidden, calls[index], storage)
-            check_outputs(binding, index, hidden)
+                hidden, finite = trace(block, (), hidden, calls[index], storage)
+            check_finite(binding, index, finite)
             inputs.append(hidden)
         scale = _HALF_PRECISION_SCALE if hidden[0].dtype == torch.float16 else 1.0
         passed = _head_gradients(binding, batches, inputs.pop(), scale, storage)

@@ -5,14 +5,16 @@ AWQ's own paper compares squares (norm "mse"); the released code, and the defaul
 
 from __future__ import annotations
 
-from mbq.equalization import Choice, uniform_weights
-from mbq.group import Group
-from mbq.methods.method import Method, SearchOptions
+import torch
+
+from mbq.equalization import TokenRoles, uniform_weights
+from mbq.group import Weighing
+from mbq.methods.method import Method, SearchOptions, search
 from mbq.qtensor import quantize
 
 
-def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    return group.search(uniform_weights(group.roles), options.norm, options.tokens)
+def token_weights(roles: TokenRoles, weighing: Weighing | None, options: SearchOptions) -> torch.Tensor:
+    return uniform_weights(roles)
 
 
-AWQ = Method("awq", equalize, round=quantize)
+AWQ = Method("awq", search, quantize, token_weights)

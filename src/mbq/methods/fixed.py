@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from mbq.equalization import Choice, fixed_weights
-from mbq.group import Group
-from mbq.methods.method import Method, SearchOptions
+import torch
+
+from mbq.equalization import TokenRoles, fixed_weights
+from mbq.group import Weighing
+from mbq.methods.method import Method, SearchOptions, search
 from mbq.qtensor import quantize
 
 
-def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    return group.search(fixed_weights(group.roles, options.vision_weight), options.norm, options.tokens)
+def token_weights(roles: TokenRoles, weighing: Weighing | None, options: SearchOptions) -> torch.Tensor:
+    return fixed_weights(roles, options.vision_weight)
 
 
-FIXED = Method("fixed", equalize, round=quantize)
+FIXED = Method("fixed", search, quantize, token_weights)

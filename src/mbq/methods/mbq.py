@@ -9,25 +9,19 @@ from __future__ import annotations
 
 import torch
 
-from mbq.equalization import Choice, gradient_weights, mae_weights, mse_weights
-from mbq.group import Group
-from mbq.methods.method import Method, SearchOptions
+from mbq.equalization import TokenRoles, gradient_weights, mae_weights, mse_weights
+from mbq.group import Weighing
+from mbq.methods.method import Method, SearchOptions, search
 from mbq.qtensor import quantize
 
 
-def equalize(group: Group, options: SearchOptions) -> Choice | None:
-    return group.search(token_weights(group, options.objective, options.norm), options.norm, options.tokens)
-
-
-def token_weights(group: Group, objective: str, norm: str) -> torch.Tensor:
-    """What each token of the calibration set weighs, [token]."""
-    weighing = group.weighing
+def token_weights(roles: TokenRoles, weighing: Weighing | None, options: SearchOptions) -> torch.Tensor:
     assert weighing is not None, "equalize_model gives one to a method that weighs"
-    if objective == "paper":
-        return gradient_weights(group.roles, weighing.language, weighing.vision)
-    if norm == "mae":
-        return mae_weights(group.roles, weighing.ratio)
-    return mse_weights(group.roles, weighing.ratio)
+    if options.objective == "paper":
+        return gradient_weights(roles, weighing.language, weighing.vision)
+    if options.norm == "mae":
+        return mae_weights(roles, weighing.ratio)
+    return mse_weights(roles, weighing.ratio)
 
 
-MBQ = Method("mbq", equalize, round=quantize, weighs=True)
+MBQ = Method("mbq", search, quantize, token_weights, weighs=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mbq.equalization import POWERS, Choice
+from mbq.equalization import POWERS, Choice, TokenRoles
 from mbq.errors import MBQError
-from mbq.group import Group
+from mbq.group import Group, Weighing
 from mbq.qtensor import QTensor
 from mbq.scheme import WeightScheme
 
@@ -53,12 +53,19 @@ class SearchOptions:
 class Method:
     """How a group's vector is chosen, and how a weight becomes codes.
 
-    equalize  (group, options) -> the vector, or None to leave the group alone; None: nothing is equalized
-    round     (weight [out, in], scheme) -> codes
-    weighs    equalize needs a Sensitivity
+    equalize       (group, options) -> the vector, or None to leave the group alone; None: nothing is equalized
+    token_weights  (roles, weighing, options) -> [token]: what ``Group.search`` weighs errors by; None: it is not used
+    round          (weight [out, in], scheme) -> codes
+    weighs         ``token_weights`` needs a Weighing
     """
 
     name: str
     equalize: Callable[[Group, SearchOptions], Choice | None] | None
     round: Callable[[torch.Tensor, WeightScheme], QTensor]
+    token_weights: Callable[[TokenRoles, Weighing | None, SearchOptions], torch.Tensor] | None = None
     weighs: bool = False
+
+
+def search(group: Group, options: SearchOptions) -> Choice:
+    """``equalize`` of the methods that differ in ``token_weights`` alone."""
+    return group.search(options.norm)
