@@ -125,6 +125,7 @@ def test_sensitivity_shows_a_row_a_block_and_writes_the_picture(
     output = tmp_path / "out"
     data = ["--data", calibration, "--images", calibration.parent / "images", "--num-calibration-samples", "4"]
     done = mbq_command("sensitivity", float_folder("internvl"), *data, "--output", output)
+    assert "Weights: the whole model on cpu." in done.stderr
     assert done.exit_code == 0, done.output
     measured = json.loads((output / "sensitivity.json").read_text())
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\s+\d+\s+\d\.\de", line)]

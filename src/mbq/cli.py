@@ -130,6 +130,11 @@ def _set_up_logging(verbose: int) -> None:
         warnings.simplefilter("ignore")
 
 
+def _announce(console: Console) -> Callable[[object], None]:
+    """Prints a plan before the run that it is of."""
+    return lambda plan: console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
+
+
 def _errors() -> Console:
     """Progress goes to stderr, so that stdout holds results only."""
     return Console(stderr=True)
@@ -190,12 +195,10 @@ def quantize_command(
     from mbq.pipeline import quantize
 
     console = _errors()
-
-    def announce(plan: object) -> None:
-        console.print(str(plan), markup=False, highlight=False, soft_wrap=True)
-
     with shown(console) as progress:
-        result = quantize(model, output=output, resume=resume, progress=progress, announce=announce, **options)
+        result = quantize(
+            model, output=output, resume=resume, progress=progress, announce=_announce(console), **options
+        )
     if ranks.rank() == 0:
         typer.echo(str(result))
 
@@ -287,8 +290,9 @@ def sensitivity_command(
 
     if output is not None:
         check_new(output)
-    with shown(_errors()) as progress:
-        measured = measure_sensitivity(model, progress=progress, **options)
+    console = _errors()
+    with shown(console) as progress:
+        measured = measure_sensitivity(model, progress=progress, announce=_announce(console), **options)
     if ranks.rank() > 0:
         return
     Console().print(sensitivity_table(measured))

@@ -125,8 +125,7 @@ def quantize(
         with _timed(seconds, "calibrate"):
             batches = _batches(rows, processor, binding, recipe, progress)
             plan = _plan(binding, batches, recipe, packed, isinstance(model, nn.Module), output, state)
-            if announce is not None and ranks.rank() == 0:
-                announce(plan)
+            _announce(plan, announce)
             if not isinstance(model, nn.Module):
                 place(binding, plan)
             inputs = None
@@ -189,6 +188,7 @@ def measure_sensitivity(
     data: str | Path | list[Row] | None = None,
     images: str | Path | None = None,
     progress: Progress = silent,
+    announce: Callable[[Plan], None] | None = None,
     **options: Any,
 ) -> Sensitivity:
     """The mean absolute gradient of each block, for vision and language tokens; the model is left as it was.
@@ -204,6 +204,7 @@ def measure_sensitivity(
     binding = bind(own)
     batches = _batches(rows, processor, binding, recipe, progress)
     plan = _plan(binding, batches, recipe, 0, isinstance(model, nn.Module), searches=False)
+    _announce(plan, announce)
     if not isinstance(model, nn.Module):
         place(binding, plan)
     return _measured(binding, batches, None, recipe, plan, progress, None)
@@ -286,6 +287,11 @@ def _plan(
     for line in str(plan).splitlines():
         log.info("%s", line)
     return plan
+
+
+def _announce(plan: Plan, announce: Callable[[Plan], None] | None) -> None:
+    if announce is not None and ranks.rank() == 0:
+        announce(plan)
 
 
 def target_schemes(binding: Binding, recipe: Recipe) -> dict[str, Scheme]:
