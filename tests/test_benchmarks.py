@@ -80,11 +80,10 @@ def test_a_race_is_judged_by_the_exhaustive_losses() -> None:
     losses[4], losses[5] = 1.0, 1.05
 
     def row(alpha: float) -> dict[str, object]:
-        races = {str(first): {"alpha": 0.2, "seconds": 1.0} for first in search.FIRST}
-        races["128"] = {"alpha": alpha, "seconds": 1.0}
-        return {**races, "None": {"alpha": 0.2, "seconds": 8.0}, "losses": losses}
+        return {"alphas": dict.fromkeys(map(str, (*search.FIRST, None)), 0.2) | {"128": alpha}, "losses": losses}
 
-    made = search.summary([row(0.2), row(0.25)])
+    seconds = dict.fromkeys(map(str, search.FIRST), 2.0) | {"None": 16.0}
+    made = search.summary([row(0.2), row(0.25)], seconds)
     expected = {"equal": 0.5, "worse, mean %": 2.5, "worse, most %": 5.0, "seconds": 2.0, "times faster": 8.0}
     assert made["128"] == pytest.approx(expected)
     assert made["512"]["equal"] == made["None"]["equal"] == 1
