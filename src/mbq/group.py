@@ -16,7 +16,8 @@ from mbq import ranks
 from mbq.architecture import LinearGroup
 from mbq.blocks import Call, device_of, run_with
 from mbq.equalization import POWERS, Choice, TokenRoles, best_candidate, drawn, rounds, shared_mean, token_loss
-from mbq.qtensor import fake_quantize, fake_quantize_activations
+from mbq.kernels.candidates import candidates
+from mbq.qtensor import fake_quantize_activations
 from mbq.scheme import Scheme
 from mbq.trace import GroupTrace, Look
 
@@ -92,8 +93,10 @@ class Group:
 
         vectors [candidate, channel]; [candidate].
         """
-        each = [{name: self._candidate(weight, vector) for name, weight in self.weights.items()} for vector in vectors]
-        weights = {name: torch.stack([one[name] for one in each]) for name in self.weights}
+        divided = self.scheme.activations is None  # else X is
+        weights = {
+            name: candidates(weight, vectors, self.scheme.weights, divided) for name, weight in self.weights.items()
+        }
         total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
         for some in _alike(pieces, len(vectors)):
             calls = [piece.call.to(vectors.device) for piece in some]
@@ -111,13 +114,6 @@ class Group:
             return None
         divided = [(x.float() / vector).to(x.dtype) for vector in vectors]
         return torch.stack([fake_quantize_activations(each, self.scheme.activations) for each in divided])
-
-    def _candidate(self, weight: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-        """What a linear multiplies with: Q(W E), over E again where X is not divided by it (16-bit activations)."""
-        quantized = fake_quantize((weight.float() * vector).to(weight.dtype), self.scheme.weights)
-        if self.scheme.activations is not None:
-            return quantized
-        return (quantized.float() / vector).to(weight.dtype)
 
     def _pieces(self, token_weights: torch.Tensor) -> list[_Piece]:
         """The work of one comparison. A token that weighs nothing is left out where no other token can see it."""

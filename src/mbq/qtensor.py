@@ -17,7 +17,7 @@ import torch
 from mbq.errors import MBQError
 from mbq.scheme import ActivationScheme, WeightScheme
 
-_LEAST_SCALE = 1e-5
+LEAST_SCALE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _divided(values: torch.Tensor, divisor: int) -> torch.Tensor:
 
 
 def _stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return scale.clamp_(min=_LEAST_SCALE).to(dtype).to(torch.float32)
+    return scale.clamp_(min=LEAST_SCALE).to(dtype).to(torch.float32)
 
 
 def _signed_codes(
@@ -138,5 +138,5 @@ def _activation_codes(x: torch.Tensor, scheme: ActivationScheme) -> tuple[torch.
     most = 2 ** (scheme.bits - 1) - 1
     x = x.to(torch.float32)
     low, high = torch.aminmax(x, dim=-1, keepdim=True)
-    scale = _divided(torch.maximum(-low, high), most).clamp_(min=_LEAST_SCALE)
+    scale = _divided(torch.maximum(-low, high), most).clamp_(min=LEAST_SCALE)
     return (x / scale).round_().clamp_(-most - 1, most), scale
