@@ -1,6 +1,6 @@
 """A folder's packed tensors in humming-kernels' own loader, called as vLLM calls it for 3- and 4-bit weights on CUDA.
 
-As vLLM's ``kernels/linear/mixed_precision/humming.py`` and ``quantization/utils/humming/linear.py`` do it (0.32): words,
+As in vLLM 0.32's ``kernels/linear/mixed_precision/humming.py`` and ``quantization/utils/humming/linear.py``: words,
 scales and zero points of the linears that it fuses lie one below the other, filled up to 256 outputs and 128 inputs.
 """
 

@@ -126,7 +126,8 @@ def token_gradients(
     passed back. Parameters get no gradients.
     """
     shape = (len(binding.blocks), len(PARTS))
-    found = [torch.zeros(*shape, *batch.labels.shape) for batch in batches]
+    device = device_of(binding.model)  # where results stay too: bringing each one to the CPU would wait for it
+    found = [torch.zeros(*shape, *batch.labels.shape, device=device) for batch in batches]
     with _frozen(binding.model), evaluating(binding.model):
         hidden, calls = captured or capture(binding, batches, storage)
         inputs = [hidden]
@@ -141,11 +142,11 @@ def token_gradients(
             with placed(binding, index) as block:
                 for number, (states, call) in enumerate(zip(inputs.pop(), calls[index], strict=True)):
                     before, parts = _block_gradients(binding, block, states, call, passed[number])
-                    found[number][index] = torch.stack([part.float().abs().mean(-1).cpu() for part in parts]) / scale
+                    found[number][index] = torch.stack([part.float().abs().mean(-1) for part in parts]) / scale
                     passed[number] = kept(before, storage)
             if progress is not None:
                 progress(len(binding.blocks) - index)
-    return [_finite(each) for each in found]
+    return [_finite(each.cpu()) for each in found]
 
 
 def _head_gradients(
