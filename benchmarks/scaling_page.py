@@ -21,14 +21,16 @@ RUNS = {
     "7B-2": "7B, two GPUs",
     "7B-24GB": "7B, 24 GB of a GPU",
     "72B": "72B, 24 GB of a GPU",
+    "72B-disk": "72B, activations on disk",
 }
 
 HEAD = """
 Written by `python -m benchmarks.scaling_page` from `benchmarks/results/search/`, each file made by its command. Shapes
 are Qwen2-VL's, random weights whose channels spread as in trained models, W3A16 in groups of 128 by MBQ (MAE); no
 vision tower runs. The process's memory is the highest of the whole run up to then, imports and CUDA's own included.
-On GPUs, two of them ran commit 3d70b38, the race beside an exhaustive search 572b5bc, the rest 854561c. A profile then
-showed a quarter of the search's time in weighing tokens on the CPU; it is done on the GPU since, and not measured.
+GPUs ran commit 5e9effd. The 72B has three of its 80 blocks here: seconds a block and the memory of the device are those
+of all 80, the memory of the process is not. "Planned" is what a run printed before its first block; the time leaves out
+transfers and the rounding of weights.
 """
 
 DEMO = """
@@ -45,15 +47,20 @@ def page() -> str:
         name: json.loads((STORED / f"{name}.json").read_text()) for name in RUNS if (STORED / f"{name}.json").exists()
     }
     parts += [steps(found), ""]
-    parts += [
-        f"- {RUNS[name]}: `{run['command']}`, {run['device']}, torch {run['torch']}" for name, run in found.items()
-    ]
+    parts += [f"- {RUNS[name]}: {told(run)}" for name, run in found.items()]
     compared, demo = STORED / "compare-7B.json", STORED / "demo.json"
     if compared.exists():
         parts += ["\n### The race beside an exhaustive search\n", races(json.loads(compared.read_text()))]
     if demo.exists():
         parts += ["\n### On a CPU\n", on_a_cpu(json.loads(demo.read_text()))]
     return "\n".join(parts) + "\n"
+
+
+def told(run: dict[str, Any]) -> str:
+    """How a run was made, and what it planned."""
+    planned = [line for line in run["plan"] if line.startswith(("Needed", "Time"))]
+    command = f"`{run['command']}`, {run['device']}, torch {run['torch']}"
+    return f"{command}. Planned: {' '.join(planned)}"
 
 
 def steps(found: dict[str, dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+UP = "mlp.up_proj.weight_packed"
 FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
@@ -57,7 +58,8 @@ def test_humming_multiplies_a_folders_tensors_as_we_do(
 
 
 def _stored(tensors: dict[str, torch.Tensor]) -> str:
-    return next(name.partition("layers.1.")[0] + "layers.1." for name in tensors if "language_model.layers.1." in name)
+    """What stands before the second block's linears in the file."""
+    return next(name for name in tensors if name.endswith(".layers.1.mlp.up_proj.weight_packed"))[: -len(UP)]
 
 
 def as_vllm(weight: PackedWeight, dtype: torch.dtype) -> Any:
