@@ -8,7 +8,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 import mbq
-from mbq import chat, limits
+from mbq import chat, hub, limits
 from mbq.checkpoint import compressed_tensors
 from mbq.errors import MBQError
 from mbq.generation import generate
-from mbq.hub import hub_folder
 from mbq.images import image_bytes
 from mbq.inspection import inspect
 from mbq.loading import load_model, load_processor, model_folder, read_config
@@ -30,6 +29,7 @@ from tests.tiny import question, save, tiny
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COMMIT = "0123456789" * 4
 KINDS = ("float", "W3A16", "W8A8", "code")
 LAYER = "model.layers.0.mlp.down_proj."
 
@@ -142,25 +142,58 @@ def test_a_link_out_of_the_folder(folder: Path, name: str) -> None:
     assert refused(load_processor, folder) == message
 
 
-def test_links_of_the_hubs_cache(made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """models--owner--name/snapshots/COMMIT/* lead to models--owner--name/blobs: names and revisions load, offline."""
-    commit, cache = "0123456789" * 4, tmp_path / "models--owner--name"
-    snapshot = cache / "snapshots" / commit
-    for each in (snapshot, cache / "blobs", cache / "refs"):
-        each.mkdir(parents=True)
-    for number, file in enumerate(sorted(made("W3A16").iterdir())):
-        shutil.copy(file, cache / "blobs" / str(number))
-        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
-    (cache / "refs" / "main").write_text(commit)
+@pytest.fixture
+def in_hub_cache(
+    made: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Path]]:
+    """Put a folder where the Hub's cache would keep owner/KIND: snapshots/COMMIT/* lead to blobs. No network."""
+
+    def put(kind: str) -> Path:
+        cache = tmp_path / f"models--owner--{kind}"
+        snapshot = cache / "snapshots" / COMMIT
+        for each in (snapshot, cache / "blobs", cache / "refs"):
+            each.mkdir(parents=True)
+        for number, file in enumerate(sorted(made(kind).iterdir())):
+            shutil.copy(file, cache / "blobs" / str(number))
+            (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+        (cache / "refs" / "main").write_text(COMMIT)
+        return snapshot
+
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert model_folder("owner/name") == hub_folder(f"owner/name@{commit}", weights=True) == snapshot
-    assert type(mbq.load("owner/name")).__name__ == "Qwen2VLForConditionalGeneration"
-    assert load_processor(f"owner/name@{commit}").chat_template
-    assert "neither a folder here nor a model that the Hub gives" in refused(read_config, "owner/name@v2")
+    hub._settings.cache_clear()
+    yield put
+    hub._settings.cache_clear()
+
+
+def test_links_of_the_hubs_cache(in_hub_cache: Callable[[str], Path], tmp_path: Path) -> None:
+    snapshot = in_hub_cache("W3A16")
+    pinned = f"owner/W3A16@{COMMIT}"
+    assert model_folder("owner/W3A16") == model_folder(pinned) == snapshot
+    assert type(mbq.load("owner/W3A16")).__name__ == "Qwen2VLForConditionalGeneration"
+    assert load_processor(pinned).chat_template
+    assert "neither a folder here nor a model that the Hub gives" in refused(read_config, "owner/W3A16@v2")
     (tmp_path / "secret.json").write_text("{}")
     (snapshot / "extra.json").symlink_to(tmp_path / "secret.json")
-    assert "extra.json is a link out of its folder" in refused(read_config, "owner/name")
+    assert "extra.json is a link out of its folder" in refused(read_config, pinned)
+
+
+def test_one_commit_is_checked_and_loaded(in_hub_cache: Callable[[str], Path]) -> None:
+    """A branch that moves between the look at the settings and the load changes nothing."""
+    snapshot = in_hub_cache("float")
+    read_config("owner/float")
+    (snapshot.parents[1] / "refs" / "main").write_text("f" * 40)
+    assert model_folder("owner/float") == snapshot
+
+
+def test_code_from_the_hub_travels_with_the_quantized_model(
+    in_hub_cache: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    snapshot, out = in_hub_cache("code"), tmp_path / "out"
+    mbq.quantize("owner/code", output=out, scheme="W4A16", method="rtn", device="cpu", trust_remote_code=True)
+    assert f"lets these files of {snapshot} run" in capsys.readouterr().err  # the path ends in the commit
+    assert {file.name for file in snapshot.glob("*.py")} == {file.name for file in out.glob("*.py")}
+    assert type(mbq.load(out, trust_remote_code=True)).__name__ == "InternVLChatModel"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no such files here")
@@ -246,7 +279,7 @@ def test_a_billion_layers(folder: Path, part: str | None, key: str) -> None:
     [
         ("text_config", {"vocab_size": 10**12}),
         ("text_config", {"intermediate_size": 10**9}),
-        ("text_config", {"num_hidden_layers": 900, "intermediate_size": 10**6}),
+        ("text_config", {"num_hidden_layers": 90, "intermediate_size": 10**6}),
         ("vision_config", {"embed_dim": 2**20}),
     ],
 )
@@ -287,6 +320,14 @@ def test_a_config_of_nonsense_is_a_sentence_or_a_model(folder: Path, changes: di
         mbq.load(folder)
     except MBQError as error:
         assert str(error).endswith(".") and "\n" not in str(error)  # noqa: PT017, PT018
+
+
+@pytest.mark.usefixtures("nothing_built")
+def test_a_class_that_reads_pickles_by_itself(copied: Callable[[str], Path]) -> None:
+    """Qwen2.5-Omni looks for speakers in a .pt file beside its weights; only vision-language classes load."""
+    folder = copied("W3A16")
+    edit(folder / "config.json", architectures=["Qwen2_5OmniForConditionalGeneration"])
+    assert "no vision-language models of transformers" in refused(mbq.load, folder)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

@@ -83,7 +83,7 @@ def _plan_here(cost: Cost, recipe: Recipe, dtype: torch.dtype) -> Plan | str:
 def _shapes(model: str | Path, recipe: Recipe) -> Any:
     """The model without weights. Raises MBQError where its code does not make one from a configuration."""
     config = read_config(model)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise MBQError(f"{model} is quantized already; give the float model that it was made from.")
     made = auto_class(model, config, recipe.trust_remote_code)
     return without_weights(model, made, torch_dtype(recipe.dtype), recipe.trust_remote_code)

@@ -47,13 +47,13 @@ def load_model(
     """
     folder = model_folder(path)
     config = read_config(path)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise MBQError(f"{path} is quantized already ({method}); give the float model that it was made from.")
     loads = auto_class(path, config, trust_remote_code)
     target = torch_device(device)
     tensors = stored_tensors(folder)
-    check_code(folder, path, trust_remote_code)
+    check_code(folder, trust_remote_code)
     if loads is AutoModelForImageTextToText and not trust_remote_code:
         check_size(without_weights(path, loads), tensors, path)
     options = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code, "use_safetensors": True}
@@ -83,7 +83,7 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
     Raises MBQError where there is none that takes images, or where it has no chat template.
     """
     config, folder = read_config(path), model_folder(path, weights=False)
-    check_code(folder, path, trust_remote_code)
+    check_code(folder, trust_remote_code)
     if internvl_chat.MODEL_CLASS in (config.get("architectures") or ()):
         return internvl_chat.processor_for(config, _tokenizer(folder, trust_remote_code))
     try:
@@ -123,7 +123,7 @@ def model_folder(path: str | Path, weights: bool = True) -> Path:
 def transformers_config(path: str | Path, trust_remote_code: bool = False) -> Any:
     """transformers' own reading of config.json, once ``read_config`` has passed it. Raises MBQError where it fails."""
     folder = model_folder(path, weights=False)
-    check_code(folder, path, trust_remote_code)
+    check_code(folder, trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # what is wrong in it can go wrong in as many ways

@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mbq import internvl_chat
 from mbq.checkpoint.compressed_tensors import replace_linears
@@ -61,7 +62,7 @@ def load(
     target, wanted = torch_device(device or "cpu"), torch_dtype(dtype or "auto")
     if quantized is None:
         return load_model(folder, target, wanted, trust_remote_code)
-    method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+    method = quantized.get("quant_method")
     if method != "compressed-tensors":
         raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
     if config.get("auto_map") and not trust_remote_code:
@@ -82,7 +83,7 @@ def _load_packed(
 ) -> PreTrainedModel:
     tensors = stored_tensors(folder)
     check_packed(tensors, folder)
-    check_code(folder, folder, trust_remote_code)
+    check_code(folder, trust_remote_code)
     config = transformers_config(folder, trust_remote_code)
     model_class = _model_class(config, folder, trust_remote_code)
     del config.quantization_config  # or transformers would load the folder in its own way
@@ -104,12 +105,11 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[Pre
         for reference in (getattr(config, "auto_map", None) or {}).values():
             if isinstance(reference, str) and reference.split(".")[-1] in names:
                 return get_class_from_dynamic_module(reference, str(folder))
-    found = getattr(transformers, str(names[0]), None) if names else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+    if not names or names[0] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         raise MBQError(
-            f"config.json of {folder} names the classes {names}, which transformers does not have as models; update it."
+            f"config.json of {folder} names the classes {names}, no vision-language models of transformers; update it."
         )
-    return found
+    return getattr(transformers, names[0])
 
 
 def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, Any]) -> type[PreTrainedModel]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from mbq import ranks
 from mbq.errors import MBQError
 
 INDEX = "model.safetensors.index.json"
@@ -98,7 +99,7 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
             )
 
 
-def check_code(folder: Path, source: str | Path, trusted: bool) -> None:
+def check_code(folder: Path, trusted: bool) -> None:
     """Print on stderr which Python files of ``folder`` may run, once; raise MBQError for references to other places.
 
     Nothing is done unless ``trusted``: then no code runs.
@@ -118,9 +119,9 @@ def check_code(folder: Path, source: str | Path, trusted: bool) -> None:
                 )
     hashes = [(file, hashlib.sha256(file.read_bytes()).hexdigest()) for file in _code(folder)]
     key = (str(folder.resolve()), " ".join(digest for _, digest in hashes))
-    if hashes and key not in _told:
+    if hashes and key not in _told and ranks.rank() == 0:
         _told.add(key)
-        print(f"mbq: --trust-remote-code lets these files of {source} run:", file=sys.stderr)
+        print(f"mbq: --trust-remote-code lets these files of {folder} run:", file=sys.stderr)
         for file, digest in hashes:
             print(f"  {file.relative_to(folder)}  {file.stat().st_size} bytes  sha256 {digest}", file=sys.stderr)
 
