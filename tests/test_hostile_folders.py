@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -22,7 +25,7 @@ from mbq import chat, hub, limits
 from mbq.checkpoint import compressed_tensors
 from mbq.errors import MBQError
 from mbq.generation import generate
-from mbq.images import image_bytes
+from mbq.images import image_bytes, open_image
 from mbq.inspection import inspect
 from mbq.loading import load_model, load_processor, model_folder, read_config
 from tests.tiny import question, save, tiny
@@ -202,6 +205,15 @@ def test_a_file_that_never_ends(folder: Path, tmp_path: Path) -> None:
     assert "is neither a file nor a folder" in refused(read_config, folder)
     os.mkfifo(tmp_path / "picture.png")
     assert "picture.png is no ordinary file" in refused(image_bytes, tmp_path / "picture.png", "rows.jsonl, line 1")
+
+
+def test_a_picture_of_gigapixels() -> None:
+    """Its header alone is looked at."""
+    file = io.BytesIO()
+    Image.new("1", (1, 1)).save(file, "png")
+    head = b"IHDR" + struct.pack(">II", 60_000, 60_000) + file.getvalue()[24:29]
+    bomb = file.getvalue()[:12] + head + struct.pack(">I", zlib.crc32(head)) + file.getvalue()[33:]
+    assert "exceeds limit" in refused(open_image, bomb, "rows.jsonl, line 1")
 
 
 def test_a_text_of_gigabytes(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,8 @@ def hub_folder(name: str, weights: bool) -> Path:
         if weights:
             snapshot_download(name.partition("@")[0], revision=folder.name, allow_patterns=weight_files(folder))
     except (OSError, ValueError) as error:  # which all of the Hub's errors are
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise
         raise MBQError(f"{name} is neither a folder here nor a model that the Hub gives; check the name.") from error
     return folder
 

@@ -39,7 +39,7 @@ def time_limit(seconds: float, sentence: str) -> Iterator[None]:
         raise MBQError(sentence) from None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if before is None else before)
 
 
 @contextmanager

@@ -45,13 +45,12 @@ def load_model(
     Raises MBQError for a folder that is missing, incomplete, damaged, hostile (``checkpoint.safety``), quantized
     already or a text-only model, for code that is not trusted, and for weights that are not finite.
     """
-    folder = model_folder(path)
     config = read_config(path)
     if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise MBQError(f"{path} is quantized already ({method}); give the float model that it was made from.")
     loads = auto_class(path, config, trust_remote_code)
-    target = torch_device(device)
+    target, folder = torch_device(device), model_folder(path)
     tensors = stored_tensors(folder)
     check_code(folder, trust_remote_code)
     if loads is AutoModelForImageTextToText and not trust_remote_code:
