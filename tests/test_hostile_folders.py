@@ -271,6 +271,13 @@ def test_an_adapter_leads_to_another_model(folder: Path) -> None:
     assert "holds an adapter" in refused(mbq.load, folder)
 
 
+@pytest.mark.parametrize("file", ["processor_config.json", "audio_tokenizer_config.json"])
+def test_a_processor_that_loads_another_model(folder: Path, file: str) -> None:
+    other = {"audio_tokenizer_class": "DacModel", "audio_tokenizer_name_or_path": str(folder.parent)}
+    edit(folder / file, **({"audio_tokenizer": other} if file == "processor_config.json" else other))
+    assert "loads another model for audio" in refused(load_processor, folder)
+
+
 # ---- config.json -----------------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from mbq import ranks
 from mbq.errors import MBQError
 
 INDEX = "model.safetensors.index.json"
+AUDIO = "audio_tokenizer_config.json"  # transformers loads the model that it names, from wherever, pickles too
 LARGEST_TEXT = 100 * 2**20  # tokenizers take up to 40 MB
 # Reading a configuration makes lists as long as these numbers say, so they have bounds; models stay far below.
 MOST = {re.compile(r"(layers?|depths?|blocks)$"): 1_000, re.compile(r"(labels|experts)$"): 100_000}
@@ -67,6 +68,9 @@ def check_folder(folder: Path) -> None:
             raise MBQError(f"{file} has more than {LARGEST_TEXT >> 20} MiB, which no model needs; download it again.")
     if (folder / "adapter_config.json").exists():
         raise MBQError(f"{folder} holds an adapter; merge it into its model, and give that.")
+    processor = folder / "processor_config.json"
+    if (folder / AUDIO).exists() or (processor.exists() and "audio_tokenizer" in read_json(processor)):
+        raise MBQError(f"The processor of {folder} loads another model for audio; remove that from its settings.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
