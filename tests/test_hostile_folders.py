@@ -16,19 +16,20 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedModel
 
 import mbq
 from mbq import chat, hub, limits
-from mbq.checkpoint import compressed_tensors
+from mbq.checkpoint import compressed_tensors, safety
 from mbq.errors import MBQError
 from mbq.generation import generate
 from mbq.images import image_bytes, open_image
 from mbq.inspection import inspect
 from mbq.loading import load_model, load_processor, model_folder, read_config
-from tests.tiny import question, save, tiny
+from tests.tiny import FAMILY_NAMES, question, save, tiny
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -265,6 +266,11 @@ def test_pickles_are_not_loaded(folder: Path, name: str) -> None:
     assert not (folder / "harm").exists()
 
 
+def test_pickles_are_not_downloaded() -> None:
+    files = ["config.json", "model.safetensors", "pytorch_model.bin", "model.pt", "sub/x.pth", "a.pkl", "modeling.py"]
+    assert list(filter_repo_objects(files, allow_patterns=hub.SETTINGS)) == ["config.json", "modeling.py"]
+
+
 @pytest.mark.usefixtures("nothing_built")
 def test_an_adapter_leads_to_another_model(folder: Path) -> None:
     edit(folder / "adapter_config.json", base_model_name_or_path="/somewhere/else")
@@ -311,6 +317,15 @@ def test_sizes_that_the_files_do_not_hold(folder: Path, part: str, changes: dict
     message = refused(mbq.load, folder)
     assert "describes a model of" in message or "makes no model" in message
     assert str(folder) in message
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_tied_weights_are_counted_once(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a large vocabulary would look like numbers that the files do not hold."""
+    monkeypatch.setattr(safety, "SPARE", 100)  # what these models make themselves: the frequencies of positions
+    save(family, tmp_path / "float", tied=True)
+    mbq.quantize(tmp_path / "float", output=tmp_path / "out", scheme="W3A16", method="rtn", device="cpu")
+    mbq.load(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
