@@ -76,7 +76,9 @@ def test_a_template_that_drops_earlier_answers_is_refused() -> None:
 def test_a_template_that_refuses_the_row_is_a_sentence() -> None:
     _, processor = tiny("qwen2_vl")
     processor.chat_template = "{{ raise_exception('no system message\n please') }}"
-    with pytest.raises(MBQError, match=r"line 1: the model's processor refuses the row \(no system message please\)"):
+    with pytest.raises(
+        MBQError, match=r"line 1: the model's chat template refuses the row \(no system message please\)"
+    ):
         one(row("What?", "A star."), processor)
 
 

@@ -243,7 +243,7 @@ def test_sharded_folders_load(folders: Any, tmp_path: Path) -> None:
     processor = tiny("llava_onevision")[1]
     assert torch.equal(logits(load(tmp_path), processor), logits(load(folder), processor))
     shutil.move(tmp_path / sorted(set(index["weight_map"].values()))[1], tmp_path / "elsewhere")
-    with pytest.raises(MBQError, match=r"cannot be loaded .*00002-of"):
+    with pytest.raises(MBQError, match=r"lacks the weights file .*00002-of"):
         load(tmp_path)
 
 
@@ -357,8 +357,8 @@ def first_group(config: dict[str, Any]) -> dict[str, Any]:
         ),
         (lambda f: damage(f, lambda t: t.update({LAYER + "extra": torch.ones(1)})), "left over, .*extra"),
         (lambda f: damage(f, lambda t: t[LAYER + "weight_shape"].add_(1)), "weight_shape of .*down_proj is"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100), "cannot be loaded"),
-        (lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"\x00" * 100), "model.safetensors is damaged"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds no weights"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text('{"model'), "not JSON"),
         (lambda f: edit(f, lambda c: c["quantization_config"].update(quant_method="gptq")), "quantized with 'gptq'"),

@@ -137,6 +137,7 @@ def test_no_weights(folder: Path) -> None:
 def test_a_shard_that_is_not_there(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
     assert "lacks the weights file model-00002-of-00002.safetensors" in refused(folder)
 
 
@@ -144,7 +145,7 @@ def test_an_index_that_points_outside(folder: Path) -> None:
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "../elsewhere.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder.parent / "elsewhere.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-    assert "lacks the weights file ../elsewhere.safetensors" in refused(folder)
+    assert "names '../elsewhere.safetensors', which is no safetensors file beside it" in refused(folder)
 
 
 def test_no_pickle_is_loaded(folder: Path) -> None:

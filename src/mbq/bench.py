@@ -23,14 +23,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
 
 from mbq.bench_report import CUBLAS, DENSE, READING, STACK, Decoder, Failure, Report, Time
 from mbq.errors import MBQError
 from mbq.kernels import KERNELS, choose, compiled, reference
 from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, is_packed, unpack_weight
-from mbq.loading import read_config
+from mbq.loading import read_config, transformers_config
 from mbq.progress import Progress, silent
 from mbq.qtensor import dequantize
 from mbq.scheme import Scheme, scheme_named
@@ -434,10 +433,7 @@ def bench(
 def decoder_in(model: str | Path, trust_remote_code: bool = False) -> Decoder:
     """``decoder_of`` the configuration in a folder or on the Hub. Raises MBQError as that does, and without one."""
     read_config(model)  # says in a sentence what is wrong with it
-    try:
-        config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise MBQError(f"config.json of {model} cannot be read ({_first_line(error)}).") from error
+    config = transformers_config(model, trust_remote_code)
     return decoder_of(config)
 
 

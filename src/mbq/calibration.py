@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from mbq.answers import answer_spans, answer_tokens
+from mbq.chat import render
 from mbq.errors import MBQError
 from mbq.rows import Row
 
@@ -118,11 +118,11 @@ def encode(
     """One row as a batch of one, not padded. Raises MBQError as ``calibration_batches`` does."""
     pictures = row.open_images()
     try:
-        text = _render(processor, row.chat)
-        spans = answer_spans(row.chat, lambda chat: _render(processor, chat), row.where)
+        text = render(processor, row.chat, row.where)
+        spans = answer_spans(row.chat, lambda chat: render(processor, chat, row.where), row.where)
         _check_placeholders(text, processor, len(pictures), row.where)
         inputs = _process(processor, text, pictures)
-    except (ValueError, jinja2.TemplateError) as error:
+    except ValueError as error:
         reason = " ".join(str(error).split())
         raise MBQError(f"{row.where}: the model's processor refuses the row ({reason}); mend it or drop it.") from error
     ids = inputs["input_ids"]
@@ -139,10 +139,6 @@ def _alike(samples: Sequence[CalibrationBatch], batch_size: int) -> list[list[in
     """Which samples make a batch: those of about the same length, so that little is padded, in the order they came."""
     order = sorted(range(len(samples)), key=lambda index: samples[index].labels.shape[1] if batch_size > 1 else 0)
     return [sorted(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
-
-
-def _render(processor: Any, chat: list[dict[str, Any]]) -> str:
-    return processor.apply_chat_template(chat, tokenize=False)
 
 
 def _process(processor: Any, text: str, pictures: list[Any]) -> dict[str, torch.Tensor]:

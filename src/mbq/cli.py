@@ -33,7 +33,7 @@ DEFAULT = Recipe()
 SHARED = ("quantize_command", "sensitivity_command")  # by torchrun's processes; the others are rank 0's alone
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's folder or its id on the Hugging Face hub.")
+    str, typer.Argument(metavar="MODEL", help="A model's folder, or its id (id@revision) on the Hugging Face hub.")
 ]
 FolderArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="A quantized folder, or a float model's folder or id.")
@@ -51,7 +51,7 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, flo
 Offload = Annotated[str, typer.Option(help="blocks keeps all blocks but one in CPU memory; none; auto.")]
 Activations = Annotated[str, typer.Option(help="Where they are stored: device, cpu, disk; auto by what is free.")]
 OffloadFolder = Annotated[str | None, typer.Option(help="Where on disk; beside the output.", metavar="DIR")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the Python files in the model's folder.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python files, once listed.")]
 Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log steps; twice: tracebacks too.")]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import StaticLayer
 
+from mbq.chat import render
 from mbq.errors import MBQError, MBQWarning
 from mbq.images import open_image
 
@@ -39,12 +40,13 @@ def generate(
             raise MBQError(f"--image {image} does not exist; check the path.")
     pictures = [open_image(Path(image), "--image") for image in images]
     content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = render(processor, [{"role": "user", "content": content}], "--prompt", add_generation_prompt=True)
     inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device, model.dtype)
     static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
     if compiled and not static:
         raise MBQError("--compile needs a GPU, and a model that transformers can compile; leave it out.")
-    options = {"cache_implementation": "static"} if static else {}
+    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    options |= {"num_beams": 1, "num_return_sequences": 1}  # whatever the folder's generation_config.json asks for
     with cuda_graph(model) if static and not compiled else nullcontext():
         tokens = model.generate(**inputs, **options, max_new_tokens=max_new_tokens, do_sample=False)
     new = tokens[0, inputs["input_ids"].shape[1] :]

@@ -64,6 +64,8 @@ def image_bytes(source: ImageSource, where: str) -> bytes:
         return source
     if isinstance(source, Image.Image):
         return f"{source.mode} {source.size} ".encode() + source.tobytes()
+    if isinstance(source, Path) and source.exists() and not (source.is_file() or source.is_dir()):
+        raise MBQError(f"{where}: the image {_name(source)} is no ordinary file; give a picture's path.")
     try:
         return source.read_bytes() if isinstance(source, Path) else source.read()
     except FileNotFoundError:

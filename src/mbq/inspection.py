@@ -11,13 +11,12 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig
 
 from mbq.architecture import bind
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.cost import Cost, cost_of, speed
 from mbq.errors import MBQError
-from mbq.loading import auto_class, read_config, torch_device, torch_dtype
+from mbq.loading import auto_class, read_config, torch_device, torch_dtype, without_weights
 from mbq.output import ignored
 from mbq.pipeline import target_schemes
 from mbq.placement import Plan, gigabytes, make_plan
@@ -84,20 +83,10 @@ def _plan_here(cost: Cost, recipe: Recipe, dtype: torch.dtype) -> Plan | str:
 def _shapes(model: str | Path, recipe: Recipe) -> Any:
     """The model without weights. Raises MBQError where its code does not make one from a configuration."""
     config = read_config(model)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise MBQError(f"{model} is quantized already; give the float model that it was made from.")
-    made, trust = auto_class(model, config, recipe.trust_remote_code), recipe.trust_remote_code
-    full = AutoConfig.from_pretrained(model, trust_remote_code=trust)
-    wanted = torch_dtype(recipe.dtype)
-    dtype = (full.dtype or torch.float32) if wanted == "auto" else wanted
-    try:
-        with torch.device("meta"):
-            return made.from_config(full, trust_remote_code=trust, dtype=dtype)
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise MBQError(
-            f"The code of {model} makes no model without weights ({first}); it cannot be inspected."
-        ) from error
+    made = auto_class(model, config, recipe.trust_remote_code)
+    return without_weights(model, made, torch_dtype(recipe.dtype), recipe.trust_remote_code)
 
 
 def inspection_table(found: Inspection) -> Table:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,10 +21,11 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-from transformers.utils import cached_file
 
 from mbq import internvl_chat
+from mbq.checkpoint.safety import check_code, check_config, check_folder, check_size, read_json, stored_tensors
 from mbq.errors import MBQError
+from mbq.hub import hub_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -39,24 +38,26 @@ def load_model(
 ) -> PreTrainedModel:
     """The float vision-language model in ``path``, in eval mode on ``device``.
 
-    path     a folder, or a name on the Hub ("llava-hf/llava-onevision-qwen2-7b-ov-hf")
+    path     a folder, or a name on the Hub ("llava-hf/llava-onevision-qwen2-7b-ov-hf"), with "@revision" if wanted
     device   "auto" is a GPU where there is one
     dtype    "auto" is the folder's own
 
-    Raises MBQError for a folder that is missing, incomplete, damaged, quantized already or a text-only model, for code
-    that is not trusted, and for weights that are not finite.
+    Raises MBQError for a folder that is missing, incomplete, damaged, hostile (``checkpoint.safety``), quantized
+    already or a text-only model, for code that is not trusted, and for weights that are not finite.
     """
     config = read_config(path)
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise MBQError(f"{path} is quantized already ({method}); give the float model that it was made from.")
     loads = auto_class(path, config, trust_remote_code)
-    target = torch_device(device)
-    if Path(path).is_dir():
-        _check_weight_files(Path(path))
+    target, folder = torch_device(device), model_folder(path)
+    tensors = stored_tensors(folder)
+    check_code(folder, trust_remote_code)
+    if loads is AutoModelForImageTextToText and not trust_remote_code:
+        check_size(without_weights(path, loads), tensors, path)
     options = {"dtype": torch_dtype(dtype), "trust_remote_code": trust_remote_code, "use_safetensors": True}
     try:
-        model, info = loads.from_pretrained(path, output_loading_info=True, **options)
+        model, info = loads.from_pretrained(folder, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise MBQError(f"{path} cannot be loaded: {_first_line(error)}; check that it is complete.") from error
     except (AttributeError, TypeError, KeyError) as error:
@@ -70,7 +71,7 @@ def load_model(
         missing = sorted(info["missing_keys"])
         raise MBQError(f"{path} has no weights for {missing[0]} ({len(missing)} missing in all); download it again.")
     if type(model).__name__ == internvl_chat.MODEL_CLASS:
-        internvl_chat.adapt(model, _tokenizer(path, trust_remote_code))
+        internvl_chat.adapt(model, _tokenizer(folder, trust_remote_code))
     check_finite(model)
     return model.eval().to(target)
 
@@ -80,12 +81,13 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
 
     Raises MBQError where there is none that takes images, or where it has no chat template.
     """
-    config = read_config(path)
-    if internvl_chat.MODEL_CLASS in config.get("architectures", ()):
-        return internvl_chat.processor_for(config, _tokenizer(path, trust_remote_code))
+    config, folder = read_config(path), model_folder(path, weights=False)
+    check_code(folder, trust_remote_code)
+    if internvl_chat.MODEL_CLASS in (config.get("architectures") or ()):
+        return internvl_chat.processor_for(config, _tokenizer(folder, trust_remote_code))
     try:
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise _not_loaded(f"The processor of {path}", error) from error
     if getattr(processor, "image_processor", None) is None:
         raise MBQError(f"{path} has no image processor; add its preprocessor_config.json or processor_config.json.")
@@ -95,26 +97,56 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a folder or of a model on the Hub. Raises MBQError if there is none, or it is not JSON."""
-    folder = Path(path)
-    if folder.is_dir():
-        file = folder / "config.json"
-        if not file.is_file():
-            raise MBQError(f"{path} has no config.json; give the folder of a Hugging Face model.")
-    else:
-        file = _from_hub(str(path))
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MBQError(f"{file} is not JSON ({error}); mend it or download the model again.") from error
-    if not isinstance(config, dict):
-        raise MBQError(f"{file} is not the configuration of a model; download the model again.")
+    """config.json of a folder or of a model on the Hub.
+
+    Raises MBQError if there is none, if it is not JSON, and for what ``checkpoint.safety`` refuses in it or its folder.
+    """
+    folder = model_folder(path, weights=False)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise MBQError(f"{path} has no config.json; give the folder of a Hugging Face model.")
+    check_folder(folder)
+    config = read_json(file)
+    check_config(config, path)
     return config
 
 
-def model_folder(path: str | Path) -> Path:
-    """Where the files of a folder, or of a model on the Hub, lie. Raises MBQError as ``read_config`` does."""
-    return Path(path) if Path(path).is_dir() else _from_hub(str(path)).parent
+def model_folder(path: str | Path, weights: bool = True) -> Path:
+    """Where the files of a folder, or of a model on the Hub, lie; ``weights``: its safetensors, too.
+
+    Raises MBQError where there is no such folder, and where the Hub does not give the model.
+    """
+    return Path(path) if Path(path).is_dir() else hub_folder(str(path), weights)
+
+
+def transformers_config(path: str | Path, trust_remote_code: bool = False) -> Any:
+    """transformers' own reading of config.json, once ``read_config`` has passed it. Raises MBQError where it fails."""
+    folder = model_folder(path, weights=False)
+    check_code(folder, trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # what is wrong in it can go wrong in as many ways
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise MBQError(f"config.json of {path} cannot be read ({reason}); download the model again.") from error
+
+
+def without_weights(
+    path: str | Path, loads: Any, dtype: str | torch.dtype = "auto", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model of ``path`` with shapes and no weights, made by ``loads``, one of transformers' Auto classes.
+
+    Raises MBQError where its code does not make one from a configuration.
+    """
+    config = transformers_config(path, trust_remote_code)
+    wanted = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    try:
+        with torch.device("meta"):
+            return loads.from_config(config, trust_remote_code=trust_remote_code, dtype=wanted)
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise MBQError(
+            f"The configuration of {path} makes no model without weights ({_first_line(error)}); take the model from "
+            "another place."
+        ) from error
 
 
 def check_finite(model: nn.Module) -> None:
@@ -169,31 +201,10 @@ def auto_class(path: str | Path, config: Mapping[str, Any], trust_remote_code: b
     return next((auto for key, auto in classes.items() if key in auto_map), AutoModelForCausalLM)
 
 
-def _check_weight_files(folder: Path) -> None:
-    """Every safetensors file is there and has a sound header, which also tells a truncated file."""
-    files = {file.name for file in folder.glob("*.safetensors")}
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise MBQError(f"{index} is damaged ({error}); download the model again.") from error
-    if not files:
-        raise MBQError(f"{folder} holds no weights (*.safetensors); download the model again, or convert its weights.")
-    for name in sorted(files):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise MBQError(f"{folder} lacks the weights file {name}; download the model again.")
-        try:
-            with safe_open(folder / name, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise MBQError(f"{folder / name} is damaged ({error}); download the model again.") from error
-
-
 def _tokenizer(path: str | Path, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise _not_loaded(f"The tokenizer of {path}", error) from error
 
 
@@ -201,17 +212,6 @@ def _not_loaded(what: str, error: Exception) -> MBQError:
     if "trust_remote_code=True" in str(error):
         return MBQError(f"{what} runs code of its own; read it, then allow it with --trust-remote-code.")
     return MBQError(f"{what} cannot be loaded: {_first_line(error)}; add its files.")
-
-
-def _from_hub(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise MBQError(f"There is no folder {name}; give the folder of a Hugging Face model, or its name on the Hub.")
-    try:
-        file = cached_file(name, "config.json")
-    except OSError as error:
-        raise MBQError(f"{name} is neither a folder here nor a model that the Hub gives; check the name.") from error
-    assert file is not None
-    return Path(file)
 
 
 def _first_line(error: BaseException) -> str:

@@ -66,8 +66,10 @@ def model_card(
     ``kept`` are the patterns of what stays in 16 bits, ``files`` the names of the files beside the card, ``megabytes``
     the sizes of the weights before and after.
     """
+    repository, _, revision = base_model.partition("@") if "/" in base_model else (base_model, "", "")
+    address = f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
     front_matter = {
-        "base_model": base_model,
+        "base_model": repository,
         "base_model_relation": "quantized",
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text",
@@ -75,8 +77,8 @@ def model_card(
     }
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        name=base_model.split("/")[-1],
-        base=f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model,
+        name=repository.split("/")[-1],
+        base=f"[{base_model}]({address})" if "/" in base_model else base_model,
         scheme=recipe.numbers.name,
         method=METHOD_NAMES.get(recipe.method, recipe.method),
         weights=_weights(recipe),

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from mbq.architecture import Binding
 from mbq.checkpoint.compressed_tensors import loading_note, quantization_config, save_model
 from mbq.checkpoint.folder import new_folder
+from mbq.errors import MBQError
+from mbq.loading import model_folder
 from mbq.model_card import model_card
 from mbq.recipe import Recipe, recipe_yaml
 from mbq.scheme import SCHEMES, Scheme
@@ -48,7 +51,7 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
     with new_folder(output, needs=found.bytes_after) as folder:
         save_model(model, folder, quantization_config(recipe.numbers, ignore, others), recipe.max_shard_size)
         processor.save_pretrained(folder)
-        _copy_code(name, folder)
+        _copy_code(name, folder, recipe.trust_remote_code)
         text = recipe_yaml(recipe, base_model, found.data_hash)
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
         if found.sensitivity is not None:
@@ -76,9 +79,13 @@ def ignored(binding: Binding, recipe: Recipe) -> tuple[list[str], dict[str, Sche
     return tower_ignore(binding, recipe.ignore), {tower_pattern(binding): SCHEMES[recipe.vision_tower]}
 
 
-def _copy_code(name: str, folder: Path) -> None:
+def _copy_code(name: str, folder: Path, trusted: bool) -> None:
     """Remote code travels with the model; what transformers copied already stays."""
-    for file in sorted(Path(name).glob("*.py")) if Path(name).is_dir() else ():
+    source = Path(name)
+    if trusted and not source.is_dir():
+        with suppress(MBQError):  # a model that was given loaded has a name, and perhaps no files
+            source = model_folder(name, weights=False)
+    for file in sorted(source.glob("*.py")) if source.is_dir() else ():
         if not (folder / file.name).exists():
             shutil.copy(file, folder / file.name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,26 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mbq import internvl_chat
 from mbq.checkpoint.compressed_tensors import replace_linears
+from mbq.checkpoint.safety import check_code, check_packed, check_size, stored_tensors
 from mbq.errors import MBQError
 from mbq.fuse import use_kernel
 from mbq.kernels import KERNELS
 from mbq.kernels.attention import use_attention
-from mbq.loading import load_model, read_config, torch_device, torch_dtype
+from mbq.loading import (
+    check_finite,
+    load_model,
+    model_folder,
+    read_config,
+    torch_device,
+    torch_dtype,
+    transformers_config,
+)
 from mbq.qlinear import QuantLinear
 
 
@@ -31,7 +42,7 @@ def load(
 ) -> PreTrainedModel:
     """The model of ``folder`` in eval mode, ready to ``generate``; quantized linears are ``QuantLinear``, packed.
 
-    folder  what ``mbq quantize`` wrote, or a float model (a folder, or a name on the Hub)
+    folder  what ``mbq quantize`` wrote, or a float model (a folder, or a name on the Hub, with "@revision" if wanted)
     device  None is the CPU, "auto" a GPU where there is one
     dtype   of the float parameters, the scales and the activations; None is the folder's own
     kernel  "auto" or a name of ``mbq.kernels.KERNELS``; all but "reference" arrange the weights for themselves, and
@@ -41,7 +52,8 @@ def load(
     With quantized activations a layer multiplies integer codes and scales the sum, where the search multiplied weights
     and activations rounded to the model's dtype: the same numbers before rounding, so results agree within it.
 
-    Raises MBQError where the folder is no model, was quantized in a way that mbq does not run, or is damaged.
+    Raises MBQError where the folder is no model, was quantized in a way that mbq does not run, or is damaged or hostile
+    (``checkpoint.safety``).
     """
     if kernel != "auto" and kernel not in KERNELS:
         raise MBQError(f"Unknown kernel {kernel!r}; choose auto or one of {', '.join(KERNELS)}.")
@@ -55,7 +67,8 @@ def load(
         raise MBQError(f"{folder} was quantized with {method!r}; mbq.load reads compressed-tensors only.")
     if config.get("auto_map") and not trust_remote_code:
         raise MBQError(f"{folder} runs code of its own (*.py); read it, then allow it with --trust-remote-code.")
-    model = _load_packed(Path(folder), quantized, wanted, trust_remote_code)
+    model = _load_packed(model_folder(folder), quantized, wanted, trust_remote_code)
+    check_finite(model)  # scales above all
     model.to(target)  # type: ignore[arg-type]
     for name, layer in model.named_modules():
         if isinstance(layer, QuantLinear):
@@ -68,15 +81,16 @@ def load(
 def _load_packed(
     folder: Path, quantized: Mapping[str, Any], dtype: str | torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise MBQError(
-            f"config.json of {folder} cannot be read ({_first_line(error)}); copy the folder anew."
-        ) from error
+    tensors = stored_tensors(folder)
+    check_packed(tensors, folder)
+    check_code(folder, trust_remote_code)
+    config = transformers_config(folder, trust_remote_code)
     model_class = _model_class(config, folder, trust_remote_code)
     del config.quantization_config  # or transformers would load the folder in its own way
-    model = _from_pretrained(_packed_class(model_class, quantized), folder, config, dtype)
+    packed_class = _packed_class(model_class, quantized)
+    if not trust_remote_code:
+        check_size(_without_weights(packed_class, config, folder), tensors, folder)
+    model = _from_pretrained(packed_class, folder, config, dtype, trust_remote_code)
     model.__class__ = model_class
     model.config.quantization_config = dict(quantized)
     if model_class.__name__ == internvl_chat.MODEL_CLASS:
@@ -91,12 +105,11 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[Pre
         for reference in (getattr(config, "auto_map", None) or {}).values():
             if isinstance(reference, str) and reference.split(".")[-1] in names:
                 return get_class_from_dynamic_module(reference, str(folder))
-    found = getattr(transformers, names[0], None) if names else None
-    if found is None:
+    if not names or names[0] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values():
         raise MBQError(
-            f"config.json of {folder} names the classes {names}, which transformers does not have; update it."
+            f"config.json of {folder} names the classes {names}, no vision-language models of transformers; update it."
         )
-    return found
+    return getattr(transformers, names[0])
 
 
 def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, Any]) -> type[PreTrainedModel]:
@@ -116,13 +129,28 @@ def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, An
     return type(model_class.__name__, (model_class,), body)
 
 
+def _without_weights(model_class: type[PreTrainedModel], config: Any, folder: Path) -> PreTrainedModel:
+    """A model of shapes alone. Raises MBQError where the class does not make one of this configuration."""
+    try:
+        with torch.device("meta"):
+            return model_class(copy.deepcopy(config))
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise MBQError(f"config.json of {folder} makes no model ({_first_line(error)}); copy it anew.") from error
+
+
 def _from_pretrained(
-    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: str | torch.dtype
+    model_class: type[PreTrainedModel], folder: Path, config: Any, dtype: str | torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
     """The filled model, or MBQError where a tensor is missing, left over or of the wrong shape."""
     try:
         loaded: Any = model_class.from_pretrained(
-            folder, config=config, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise MBQError(

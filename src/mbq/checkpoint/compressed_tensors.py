@@ -10,6 +10,7 @@ original checkpoint, because transformers reverses its renaming of keys on savin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from transformers import PreTrainedModel
 
 from mbq.errors import MBQError
 from mbq.kernels.packed import is_packed
+from mbq.limits import time_limit
 from mbq.qlinear import QuantLinear
 from mbq.scheme import ActivationScheme, Scheme, WeightScheme
+
+SECONDS = 60  # for matching patterns of others with the names of a model, which takes milliseconds
 
 
 def quantization_config(
@@ -55,9 +59,16 @@ def quantization_config(
 def replace_linears(model: nn.Module, config: Mapping[str, Any]) -> list[str]:
     """Put an empty ``QuantLinear`` wherever ``config`` (a ``quantization_config``) says so; their names, in order.
 
-    Raises MBQError for a config that mbq cannot run, or one that matches no linear.
+    Raises MBQError for a config that mbq cannot run, one that matches no linear, and patterns that match for ever.
     """
-    layers = dict(_layers(model, config))
+    slow = f"The patterns of quantization_config in config.json take more than {SECONDS} seconds; write simpler ones."
+    try:
+        with time_limit(SECONDS, slow):
+            layers = dict(_layers(model, config))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, re.error) as error:
+        raise MBQError(
+            f"quantization_config in config.json cannot be read ({type(error).__name__}: {error}); copy it anew."
+        ) from error
     if not layers:
         raise MBQError("quantization_config in config.json matches no linear of this model; check its ignore patterns.")
     for name, layer in layers.items():

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbq.chat import render
 from mbq.errors import MBQError
 from mbq.progress import Progress, silent
 from mbq.rows import Row, text_of
@@ -114,7 +115,7 @@ def prompt_of(row: Row, processor: Any) -> str:
         raise MBQError(
             f"{row.where}: the last message is no answer; end the row with the assistant's reference answer."
         )
-    return processor.apply_chat_template(row.chat[:-1], add_generation_prompt=True, tokenize=False)
+    return render(processor, row.chat[:-1], row.where, add_generation_prompt=True)
 
 
 def encode(prompts: Sequence[str], rows: Sequence[Row], processor: Any, padding_side: str = "right") -> dict[str, Any]:
