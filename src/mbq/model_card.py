@@ -76,7 +76,7 @@ def model_card(
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         name=base_model.split("/")[-1],
-        base=f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model,
+        base=base_link(base_model),
         scheme=recipe.numbers.name,
         method=METHOD_NAMES.get(recipe.method, recipe.method),
         weights=_weights(recipe),
@@ -98,6 +98,16 @@ _FILES = {
     "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
     "search.json": "`search.json` holds the chosen alpha and the loss at every alpha, a group of linears a row.",
 }
+
+
+def base_link(base_model: str) -> str:
+    """The float model's name, a link where it is on the hub."""
+    return f"[{base_model}](https://huggingface.co/{base_model})" if "/" in base_model else base_model
+
+
+def numbers_text(recipe: Recipe) -> str:
+    """ "W4A8: 4-bit symmetric integer weights with ..." """
+    return f"{recipe.numbers.name}: {_weights(recipe)}{_activations(recipe)}"
 
 
 def _weights(recipe: Recipe) -> str:
