@@ -210,7 +210,9 @@ def quantize_command(
 def export_command(
     model: ModelArgument,
     output: NewFolder,
-    format: Annotated[str, typer.Option(help="equalized: a float folder for any other quantizer.")] = "equalized",
+    format: Annotated[
+        str, typer.Option(help="equalized: a float folder for any other quantizer; gguf: for llama.cpp.")
+    ] = "equalized",
     scheme: Scheme = DEFAULT.scheme,
     method: Method = DEFAULT.method,
     data: Data = None,

@@ -13,6 +13,7 @@ from torch import nn
 from mbq import ranks
 from mbq.architecture import Binding
 from mbq.checkpoint.folder import new_folder
+from mbq.checkpoint.gguf_file import check_tokenizer, gguf_package, language_model, write_importance, write_model
 from mbq.cost import weight_bytes
 from mbq.errors import MBQError
 from mbq.methods import METHODS
@@ -99,6 +100,8 @@ def check_format(format: str, method: str) -> None:
         raise MBQError(f"--format {format} is not written: {REFUSED[format]}.")
     if format not in FORMATS:
         raise MBQError(f"--format is {format!r}; choose one of {', '.join(FORMATS)}.")
+    if format == "gguf":
+        gguf_package()
     if method in METHODS and METHODS[method].equalize is None:
         equalizing = [name for name, each in METHODS.items() if each.equalize is not None]
         raise MBQError(f"--method {method} equalizes nothing to export; choose one of {', '.join(equalizing)}.")
@@ -116,10 +119,29 @@ def write_equalized(output: Path, binding: Binding, processor: Any, recipe: Reci
     return output
 
 
+def write_gguf(output: Path, binding: Binding, processor: Any, recipe: Recipe, name: str, found: Measured) -> Path:
+    """Write model.gguf and imatrix.gguf, whole or not at all; arguments and errors as ``write_folder`` has them."""
+    assert found.importance is not None, "the product measures it"
+    model, base = language_model(binding), base_name(name)
+    with new_folder(output, needs=_gguf_bytes(binding, processor, recipe)) as folder:
+        write_model(folder / "model.gguf", model, processor.tokenizer, base)
+        data = Path(recipe.data).name if recipe.data else "calibration rows"
+        write_importance(folder / "imatrix.gguf", model, found.importance, data)
+        text = write_records(folder, recipe, base, found)
+        (folder / "README.md").write_text(gguf_card(recipe, text, base, binding), encoding="utf-8")
+    return output
+
+
+def _gguf_bytes(binding: Binding, processor: Any, recipe: Recipe) -> int:
+    check_tokenizer(processor.tokenizer)
+    return sum(tensor.nbytes for tensor in language_model(binding).tensors.values())
+
+
 FORMATS = {
     "equalized": Product(
-        "equalized", packs=False, size=lambda binding, recipe: weight_bytes(binding.model), write=write_equalized
+        "equalized", packs=False, size=lambda binding, *_: weight_bytes(binding.model), write=write_equalized
     ),
+    "gguf": Product("gguf", packs=False, size=_gguf_bytes, write=write_gguf, measures=True),
 }
 _INSTEAD = "export --format equalized, and give that folder to"
 REFUSED = {
@@ -177,7 +199,7 @@ def equalized_card(recipe: Recipe, recipe_yaml: str, *, base_model: str, folder_
         base=base_link(base_model),
         base_name=base_model,
         method=METHOD_NAMES.get(recipe.method, recipe.method),
-        dtype=str(next(binding.blocks.parameters()).dtype).removeprefix("torch."),
+        dtype=_dtype(binding),
         scheme=recipe.numbers.name,
         numbers=numbers_text(recipe),
         folder=folder_name,
@@ -186,3 +208,56 @@ def equalized_card(recipe: Recipe, recipe_yaml: str, *, base_model: str, folder_
         sensitivity=", the gradients of the blocks in `sensitivity.json`" if METHODS[recipe.method].weighs else "",
         recipe=recipe_yaml,
     )
+
+
+_GGUF_CARD = """---
+{front_matter}---
+
+# {name}, language model for llama.cpp
+
+`model.gguf` is the language model of {base} with its tokenizer, in {dtype}, equalized by {method} and not quantized.
+The vectors were chosen for {numbers}.
+
+`imatrix.gguf` is an importance matrix for llama-quantize: means over {samples} calibration samples of the squared input
+of every linear{weighed}.
+
+    llama-quantize --imatrix imatrix.gguf model.gguf model-Q4_K_M.gguf Q4_K_M
+
+Pictures need an mmproj file, vision tower and projector, which equalization leaves as they are: take the one of the
+original model, or make it with llama.cpp's convert_hf_to_gguf.py --mmproj from the original folder.
+
+    llama-mtmd-cli -m model-Q4_K_M.gguf --mmproj mmproj.gguf --image picture.png -p "What is shown?"
+
+## How it was made
+
+By `mbq export --format gguf`. Every option, the seed, the versions of the packages and a hash of the calibration data
+are in `recipe.yaml`, the alpha of every group and its loss at every alpha in `search.json`.
+
+```yaml
+{recipe}```
+"""
+
+
+def gguf_card(recipe: Recipe, recipe_yaml: str, base_model: str, binding: Binding) -> str:
+    """README.md of a folder for llama.cpp, with the hub's front matter."""
+    front_matter = {
+        "base_model": base_model,
+        "library_name": "gguf",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["mbq", "equalized", "imatrix"],
+    }
+    return _GGUF_CARD.format(
+        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        name=base_model.split("/")[-1],
+        base=base_link(base_model),
+        method=METHOD_NAMES.get(recipe.method, recipe.method),
+        dtype=_dtype(binding),
+        numbers=numbers_text(recipe),
+        samples=recipe.num_calibration_samples,
+        weighed=", where tokens weigh what the search weighs them by" if METHODS[recipe.method].token_weights else "",
+        recipe=recipe_yaml,
+    )
+
+
+def _dtype(binding: Binding) -> str:
+    return str(next(binding.blocks.parameters()).dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from typing import Any
 from mbq.architecture import Binding
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, loading_note, quantization_config, save_model
 from mbq.checkpoint.folder import new_folder
+from mbq.importance import Importance
 from mbq.model_card import model_card
 from mbq.recipe import Recipe, recipe_yaml
 from mbq.scheme import SCHEMES, Scheme
@@ -27,7 +28,8 @@ class Measured:
 
     data_hash       SHA-256 of the rows that were drawn and of their pictures, or None without data
     bytes_before    of the float model's tensors
-    bytes_after     of the quantized model's
+    bytes_after     of what it has become
+    importance      of input channels, by linear, where the product asks for it
     """
 
     data_hash: str | None
@@ -35,6 +37,7 @@ class Measured:
     search: list[GroupSearch]
     bytes_before: int
     bytes_after: int
+    importance: Importance | None = None
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,17 @@ class Product:
 
     name    of the product; a run does not go on with the blocks of another's
     packs   whether the linears that the search quantizes become packed ones, or stay float with the vectors folded in
-    size    (binding, recipe) -> bytes of the tensors that are written
+    size    (binding, processor, recipe) -> bytes of the tensors that are written; MBQError, before anything is computed,
+            for a model that it cannot be made of
     write   (output, binding, processor, recipe, name of the float model, what was found) -> the folder; MBQError
+    measures  the importance of input channels as well
     """
 
     name: str
     packs: bool
-    size: Callable[[Binding, Recipe], int]
+    size: Callable[[Binding, Any, Recipe], int]
     write: Callable[[Path, Binding, Any, Recipe, str, Measured], Path]
+    measures: bool = False
 
 
 def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe, name: str, found: Measured) -> Path:
@@ -79,7 +85,7 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
     return output
 
 
-def _quantized_bytes(binding: Binding, recipe: Recipe) -> int:
+def _quantized_bytes(binding: Binding, processor: Any, recipe: Recipe) -> int:
     return checkpoint_bytes(binding.model, quantization_config(recipe.numbers, *ignored(binding, recipe)))
 
 

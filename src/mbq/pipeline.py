@@ -22,6 +22,7 @@ from mbq.checkpoint.state import RunState, files_hash, kept_by_rank_0, run_state
 from mbq.cost import cost_of, speed, weight_bytes
 from mbq.errors import MBQError
 from mbq.finished import FinishedBlocks, linear_of
+from mbq.importance import importance
 from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import QUANTIZED, Measured, Product
@@ -135,7 +136,7 @@ def make(
             own, processor, name = _float_model(model, processor, recipe)
             binding = bind(own)
             targets = target_schemes(binding, recipe)
-            size = product.size(binding, recipe)
+            size = product.size(binding, processor, recipe)
             if output is not None and ranks.rank() == 0:  # before hours of work, not after
                 check_space(output, size)
         before = weight_bytes(own)
@@ -162,12 +163,16 @@ def make(
         if finished is not None:
             with _timed(seconds, "quantize"):
                 finished.pack_rest(progress)
+                extra = None
+                if product.measures:
+                    keep = plan.storage(plan.traces)
+                    extra = importance(binding, batches, chosen, search_options(recipe), sensitivity, keep)
                 if plan.blocks:
                     own.to("cpu")  # as a whole again
             after = weight_bytes(own)
         if finished is not None and output is not None:
             with _timed(seconds, "write"):
-                found = Measured(hashed, sensitivity, search, before, after)
+                found = Measured(hashed, sensitivity, search, before, after, extra)
                 folder = product.write(Path(output), binding, processor, recipe, name, found)
         after, folder = ranks.from_first((after, folder))
     made = own if finished is not None else None
@@ -392,17 +397,7 @@ def _equalize(
     finished: FinishedBlocks | None,
 ) -> list[GroupSearch]:
     """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
-    options = SearchOptions(
-        norm=recipe.norm,
-        objective=recipe.objective,
-        vision_weight=recipe.vision_weight,
-        smooth_alpha=recipe.smooth_alpha,
-        floor=recipe.floor,
-        gqa_fold=recipe.gqa_fold,
-        distorted_input=recipe.distorted_input,
-        parity=recipe.parity,
-        tokens=None if recipe.parity else recipe.search_tokens or None,
-    )
+    options = search_options(recipe)
     scheme = recipe.numbers
     search = equalize_model(
         binding,
@@ -420,6 +415,21 @@ def _equalize(
     if recipe.vision_tower is not None and finished is not None:  # one pass of the tower, not worth sharing
         smooth_vision_tower(binding, batches, recipe.ignore, recipe.smooth_alpha)
     return search
+
+
+def search_options(recipe: Recipe) -> SearchOptions:
+    """Those of a recipe's options that the search reads."""
+    return SearchOptions(
+        norm=recipe.norm,
+        objective=recipe.objective,
+        vision_weight=recipe.vision_weight,
+        smooth_alpha=recipe.smooth_alpha,
+        floor=recipe.floor,
+        gqa_fold=recipe.gqa_fold,
+        distorted_input=recipe.distorted_input,
+        parity=recipe.parity,
+        tokens=None if recipe.parity else recipe.search_tokens or None,
+    )
 
 
 @contextmanager
