@@ -46,8 +46,8 @@ class Product:
 
     name    of the product; a run does not go on with the blocks of another's
     packs   whether the linears that the search quantizes become packed ones, or stay float with the vectors folded in
-    size    (binding, processor, recipe) -> bytes of the tensors that are written; MBQError, before much is computed, for
-            a model that it cannot be made of
+    size    (binding, processor, recipe) -> bytes of the tensors that are written; MBQError, before the search, for a
+            model that it cannot be made of
     write   (output, binding, processor, recipe, name of the float model, what was found) -> the folder; MBQError
     measures  the importance of input channels as well
     """

@@ -1,8 +1,8 @@
 """The GGUF files of llama.cpp: a language model, and an importance matrix for its quantizer.
 
-Names of tensors and keys, and the writing, are the ``gguf`` package's (the extra ``mbq[gguf]``). The format is
-described in ggml's docs/gguf.md, the matrix in llama.cpp's tools/imatrix: tensors ``NAME.in_sum2`` (sums over tokens of squared
-inputs) and ``NAME.counts`` (of how many tokens) for each weight, of which llama-quantize takes the quotient.
+Names of tensors and keys, and the writing, are those of the ``gguf`` package (the extra ``mbq[gguf]``). ggml's
+docs/gguf.md describes the format, llama.cpp's tools/imatrix the matrix: ``NAME.in_sum2`` holds sums over tokens of
+squared inputs and ``NAME.counts`` of how many, for each weight; llama-quantize takes the quotient.
 """
 
 from __future__ import annotations
