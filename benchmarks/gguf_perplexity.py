@@ -289,7 +289,7 @@ def measure(family: str, folder: Path, rows: list[Row], tests: list[Row]) -> dic
         bound = bind(model)
         path = folder / f"{family}-{name}.gguf"
         language = widened(language_model(bound))
-        write_model(path, language, processor.tokenizer, family)
+        write_model(path, language, processor, family)
         matrices: dict[str, Path | None] = {"none": None}
         for matrix, method in (("uniform", "awq"), ("mbq", "mbq")):
             measured = importance(bound, batches, METHODS[method], SearchOptions(), sensitivity)

@@ -124,7 +124,7 @@ def write_gguf(output: Path, binding: Binding, processor: Any, recipe: Recipe, n
     assert found.importance is not None, "the product measures it"
     model, base = language_model(binding), base_name(name)
     with new_folder(output, needs=_gguf_bytes(binding, processor, recipe)) as folder:
-        write_model(folder / "model.gguf", model, processor.tokenizer, base)
+        write_model(folder / "model.gguf", model, processor, base)
         data = Path(recipe.data).name if recipe.data else "calibration rows"
         write_importance(folder / "imatrix.gguf", model, found.importance, data)
         text = write_records(folder, recipe, base, found)

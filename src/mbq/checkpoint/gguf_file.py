@@ -95,15 +95,15 @@ def check_tokenizer(tokenizer: Any) -> str:
     return SPLITS[expressions[0]]
 
 
-def write_model(path: Path, model: LanguageModel, tokenizer: Any, name: str) -> None:
-    """Write the model with its tokenizer: matrices in their own dtype, vectors in float32, as llama.cpp wants them."""
+def write_model(path: Path, model: LanguageModel, processor: Any, name: str) -> None:
+    """Write the model with its tokenizer and chat template: matrices in their dtype, vectors in float32."""
     gguf = gguf_package()
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[model.architecture]])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_config(writer, model.config)
-    _add_tokenizer(writer, tokenizer, rows=len(model.tensors["token_embd.weight"]))
+    _add_tokenizer(writer, processor, rows=len(model.tensors["token_embd.weight"]))
     dtype = model.tensors["blk.0.attn_q.weight"].dtype
     kinds = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}
     writer.add_file_type(gguf.LlamaFileType[kinds[dtype]])
@@ -156,9 +156,9 @@ def _add_config(writer: Any, config: Any) -> None:
         writer.add_rope_dimension_sections([*sections, *[0] * (4 - len(sections))])
 
 
-def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
+def _add_tokenizer(writer: Any, processor: Any, rows: int) -> None:
     """Every row of the embeddings gets a token, also those that the tokenizer has none for."""
-    gguf = gguf_package()
+    gguf, tokenizer = gguf_package(), processor.tokenizer
     added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
     texts = {index: text for text, index in tokenizer.get_vocab().items()}
     tokens, types = [], []
@@ -180,6 +180,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
         tokenizer.save_pretrained(folder)
         rest = gguf.SpecialVocab(folder, load_merges=True, n_vocab=rows)
     rest.add_special_token.setdefault("bos", False)
+    rest.chat_template = processor.chat_template
     rest.add_to_gguf(writer, quiet=True)
 
 
