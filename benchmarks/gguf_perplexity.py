@@ -321,7 +321,7 @@ def _pairs(nats: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure k-quants of the reference models in llama.cpp.")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
-    parser.add_argument("--per-task", type=int, default=100, help="test questions a task")
+    parser.add_argument("--per-task", type=int, default=40, help="test questions a task")
     parser.add_argument("--output", type=Path, default=STORED / "gguf.json")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -97,7 +97,7 @@ def export(
 def check_format(format: str, method: str) -> None:
     """Raise MBQError unless ``export`` can write the format, with a method that equalizes."""
     if format in REFUSED:
-        raise MBQError(f"--format {format} is not written: {REFUSED[format]}.")
+        raise MBQError(f"--format {format} {REFUSED[format]}.")
     if format not in FORMATS:
         raise MBQError(f"--format is {format!r}; choose one of {', '.join(FORMATS)}.")
     if format == "gguf":
@@ -143,10 +143,11 @@ FORMATS = {
     ),
     "gguf": Product("gguf", packs=False, size=_gguf_bytes, write=write_gguf, measures=True),
 }
-_INSTEAD = "export --format equalized, and give that folder to"
+_REASON = "is made by {0}, which needs an older transformers than mbq, so nothing here has run in it"
+_INSTEAD = "export --format equalized, and give that folder to {0} in an environment of its own"
 REFUSED = {
-    "openvino": f"mbq has not been checked with its runtime; {_INSTEAD} optimum-intel",
-    "onnx": f"mbq has not been checked with its runtime; {_INSTEAD} optimum-onnx",
+    name: f"{_REASON.format(tool)}; {_INSTEAD.format(tool)}"
+    for name, tool in (("openvino", "optimum-intel"), ("onnx", "optimum-onnx"))
 }
 
 _CARD = """---
@@ -154,9 +155,8 @@ _CARD = """---
 
 # {name}, equalized
 
-{base} equalized by {method}, and not quantized: vectors that make its weights easier to round are folded into them. It
-computes what {base_name} computes, up to the rounding of the folded weights to {dtype}, and any quantizer that rounds
-the weights of its linears starts from better ones. The vectors were chosen for {numbers}.
+{base} equalized by {method}, and not quantized: vectors chosen for {numbers} are folded into the weights.
+The model computes what {base_name} computes, up to the rounding of the folded weights to {dtype}.
 
 Rounding these weights to nearest in {scheme} gives the integer codes of `mbq quantize` with the recipe below, bit for
 bit. A quantizer that equalizes by itself (AWQ, SmoothQuant) does it a second time: choose one that does not, such as
@@ -215,8 +215,8 @@ _GGUF_CARD = """---
 
 # {name}, language model for llama.cpp
 
-`model.gguf` is the language model of {base} with its tokenizer, in {dtype}, equalized by {method} and not quantized.
-The vectors were chosen for {numbers}.
+`model.gguf` is the language model of {base} with its tokenizer, in {dtype}, equalized by {method} and not quantized:
+vectors chosen for {numbers} are folded into the weights.
 
 `imatrix.gguf` is an importance matrix for llama-quantize: means over {samples} calibration samples of the squared input
 of every linear{weighed}.
