@@ -2,6 +2,7 @@
 without an importance matrix, with one that counts every token once, and with MBQ's. benchmarks/results/gguf.json
 
 python -m benchmarks.gguf_perplexity        needs the extra mbq[gguf] and llama-cpp-python; on the CPU
+                                            --families NAME measures one and keeps what the file holds of the others
 
 K-quants need rows of 256 channels and the reference models have 128 and 384, so channels of zeros are added that leave
 the function as it was (``widened``). Only the blocks are quantized. What goes into the first block, pictures included,
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
+import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -331,8 +333,10 @@ def main(arguments: list[str] | None = None) -> None:
     content: dict[str, Any] = {
         "calibration": {"tasks": "questions", "samples": SAMPLES, "group_size": GROUP_SIZE},
         "versions": package_versions() | {"llama-cpp-python": llama_cpp.__version__},
-        "models": {},
     }
+    stored = json.loads(args.output.read_text()) if args.output.is_file() else {}
+    same = {key: stored.get(key) for key in content} == content
+    content["models"] = stored["models"] if same else {}
     with tempfile.TemporaryDirectory(prefix="mbq-gguf-") as folder:
         rows = read_rows(write(Path(folder) / "calibration", "calibration", tasks=tasks, per_task=SAMPLES))
         tests = read_rows(write(Path(folder) / "test", "test", tasks=tasks, per_task=args.per_task))
