@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbq.errors import MBQError
+    from mbq.exporting import ExportResult, export
     from mbq.loading import load_processor
     from mbq.pipeline import QuantizationResult, quantize
     from mbq.quantized import load
@@ -19,14 +20,27 @@ if TYPE_CHECKING:
     from mbq.scheme import SCHEMES, Scheme
 
 __version__ = "0.1.0"
-__all__ = ["SCHEMES", "MBQError", "QuantizationResult", "Recipe", "Scheme", "load", "load_processor", "quantize"]
+__all__ = [
+    "SCHEMES",
+    "ExportResult",
+    "MBQError",
+    "QuantizationResult",
+    "Recipe",
+    "Scheme",
+    "export",
+    "load",
+    "load_processor",
+    "quantize",
+]
 
 _HOME = {
+    "ExportResult": "exporting",
     "MBQError": "errors",
     "QuantizationResult": "pipeline",
     "Recipe": "recipe",
     "SCHEMES": "scheme",
     "Scheme": "scheme",
+    "export": "exporting",
     "load": "quantized",
     "load_processor": "loading",
     "quantize": "pipeline",

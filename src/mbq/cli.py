@@ -18,6 +18,42 @@ from rich.console import Console
 
 from mbq import ranks
 from mbq.errors import MBQError, MBQWarning
+from mbq.options import (
+    Activations,
+    Batch,
+    Data,
+    Device,
+    DistortedInput,
+    Dtype,
+    Floor,
+    FolderArgument,
+    Formatting,
+    GQAFold,
+    GroupSize,
+    Ignore,
+    Images,
+    Length,
+    Method,
+    ModelArgument,
+    NewFolder,
+    Norm,
+    Objective,
+    Offload,
+    OffloadFolder,
+    Parity,
+    Resume,
+    Samples,
+    Scheme,
+    SearchTokens,
+    Seed,
+    ShardSize,
+    SmoothAlpha,
+    Text,
+    Trust,
+    Verbose,
+    VisionTower,
+    VisionWeight,
+)
 from mbq.progress import shown
 from mbq.recipe import Recipe
 
@@ -30,29 +66,8 @@ app = typer.Typer(
 )
 
 DEFAULT = Recipe()
-SHARED = ("quantize_command", "sensitivity_command")  # by torchrun's processes; the others are rank 0's alone
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A model's folder, or its id (id@revision) on the Hugging Face hub.")
-]
-FolderArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="A quantized folder, or a float model's folder or id.")
-]
-Data = Annotated[str | None, typer.Option(help="Calibration rows: JSON, JSONL, or a datasets folder.", metavar="PATH")]
-Images = Annotated[str | None, typer.Option(help="The folder that the rows' image paths start from.", metavar="DIR")]
-Samples = Annotated[int, typer.Option(help="How many rows to calibrate on.")]
-Length = Annotated[int, typer.Option(help="Tokens of a sample; the rest is cut off.")]
-Batch = Annotated[int, typer.Option(help="Samples that go through the model at once.")]
-Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
-Formatting = Annotated[str, typer.Option(help="plain, few-shot or interleaved.")]
-Text = Annotated[str | None, typer.Option(help="Plain text for --formatting interleaved.", metavar="FILE")]
-Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
-Offload = Annotated[str, typer.Option(help="blocks keeps all blocks but one in CPU memory; none; auto.")]
-Activations = Annotated[str, typer.Option(help="Where they are stored: device, cpu, disk; auto by what is free.")]
-OffloadFolder = Annotated[str | None, typer.Option(help="Where on disk; beside the output.", metavar="DIR")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the model's own Python files, once listed.")]
-Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="Log steps; twice: tracebacks too.")]
+# By torchrun's processes; the others are rank 0's alone.
+SHARED = ("quantize_command", "export_command", "sensitivity_command")
 
 
 def main() -> None:
@@ -143,9 +158,9 @@ def _errors() -> Console:
 @command
 def quantize_command(
     model: ModelArgument,
-    output: Annotated[Path, typer.Option(help="The folder to write; it must not hold anything.", metavar="DIR")],
-    scheme: Annotated[str, typer.Option(help="W2A16, W3A16, W4A16, W8A8, W4A8, W3A8 or W4A4.")] = DEFAULT.scheme,
-    method: Annotated[str, typer.Option(help="mbq, awq, fixed, smoothquant or rtn.")] = DEFAULT.method,
+    output: NewFolder,
+    scheme: Scheme = DEFAULT.scheme,
+    method: Method = DEFAULT.method,
     data: Data = None,
     images: Images = None,
     num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
@@ -154,37 +169,25 @@ def quantize_command(
     seed: Seed = DEFAULT.seed,
     formatting: Formatting = DEFAULT.formatting,
     text: Text = None,
-    group_size: Annotated[
-        int | None, typer.Option(help="Input channels that share a scale (weight-only schemes; 128).")
-    ] = None,
-    ignore: Annotated[
-        list[str] | None, typer.Option(help="A linear to keep in 16 bits, by name or 're:PATTERN'; repeatable.")
-    ] = None,
-    norm: Annotated[str, typer.Option(help="The search's loss: mae or mse.")] = DEFAULT.norm,
-    objective: Annotated[str, typer.Option(help="mbq's weights: released or paper.")] = DEFAULT.objective,
-    floor: Annotated[
-        float | None, typer.Option(help="mbq's least vision/language ratio; the median over blocks.")
-    ] = None,
-    vision_weight: Annotated[
-        float, typer.Option(help="A vision token's weight for --method fixed.")
-    ] = DEFAULT.vision_weight,
-    smooth_alpha: Annotated[float, typer.Option(help="SmoothQuant's alpha.")] = DEFAULT.smooth_alpha,
-    gqa_fold: Annotated[bool, typer.Option("--gqa-fold", help="Fold o_proj into v_proj under GQA too.")] = False,
-    distorted_input: Annotated[
-        bool, typer.Option("--distorted-input", help="Search on the quantized blocks' outputs.")
-    ] = False,
-    parity: Annotated[bool, typer.Option("--parity", help="Reproduce the released search choice by choice.")] = False,
-    search_tokens: Annotated[
-        int, typer.Option(help="Tokens on which all candidates are compared, the best again on more; 0: all on all.")
-    ] = DEFAULT.search_tokens,
-    vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = DEFAULT.max_shard_size,
+    group_size: GroupSize = None,
+    ignore: Ignore = None,
+    norm: Norm = DEFAULT.norm,
+    objective: Objective = DEFAULT.objective,
+    floor: Floor = None,
+    vision_weight: VisionWeight = DEFAULT.vision_weight,
+    smooth_alpha: SmoothAlpha = DEFAULT.smooth_alpha,
+    gqa_fold: GQAFold = False,
+    distorted_input: DistortedInput = False,
+    parity: Parity = False,
+    search_tokens: SearchTokens = DEFAULT.search_tokens,
+    vision_tower: VisionTower = None,
+    max_shard_size: ShardSize = DEFAULT.max_shard_size,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
     offload: Offload = DEFAULT.offload,
     activations: Activations = DEFAULT.activations,
     offload_folder: OffloadFolder = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")] = False,
+    resume: Resume = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -204,13 +207,74 @@ def quantize_command(
 
 
 @command
+def export_command(
+    model: ModelArgument,
+    output: NewFolder,
+    format: Annotated[
+        str, typer.Option(help="equalized: a float folder for any other quantizer; gguf: for llama.cpp.")
+    ] = "equalized",
+    scheme: Scheme = DEFAULT.scheme,
+    method: Method = DEFAULT.method,
+    data: Data = None,
+    images: Images = None,
+    num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Batch = DEFAULT.batch_size,
+    seed: Seed = DEFAULT.seed,
+    formatting: Formatting = DEFAULT.formatting,
+    text: Text = None,
+    group_size: GroupSize = None,
+    ignore: Ignore = None,
+    norm: Norm = DEFAULT.norm,
+    objective: Objective = DEFAULT.objective,
+    floor: Floor = None,
+    vision_weight: VisionWeight = DEFAULT.vision_weight,
+    smooth_alpha: SmoothAlpha = DEFAULT.smooth_alpha,
+    gqa_fold: GQAFold = False,
+    distorted_input: DistortedInput = False,
+    parity: Parity = False,
+    search_tokens: SearchTokens = DEFAULT.search_tokens,
+    vision_tower: VisionTower = None,
+    max_shard_size: ShardSize = DEFAULT.max_shard_size,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    offload: Offload = DEFAULT.offload,
+    activations: Activations = DEFAULT.activations,
+    offload_folder: OffloadFolder = None,
+    resume: Resume = False,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Equalize a vision-language model as mbq quantize does, and write it without quantizing it."""
+    others = ("model", "output", "format", "resume", "verbose")
+    options = {name: value for name, value in locals().items() if name not in (*others, "others")}
+    options["ignore"] = ignore or ()
+    Recipe.of(**options)
+    from mbq.exporting import export
+
+    console = _errors()
+    with shown(console) as progress:
+        result = export(
+            model,
+            output=output,
+            format=format,
+            resume=resume,
+            progress=progress,
+            announce=_announce(console),
+            **options,
+        )
+    if ranks.rank() == 0:
+        typer.echo(str(result))
+
+
+@command
 def inspect_command(
     model: ModelArgument,
     scheme: Annotated[str, typer.Option(help="A scheme, as for mbq quantize.")] = DEFAULT.scheme,
     group_size: Annotated[int | None, typer.Option(help="Input channels that share a scale (128).")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="A linear to keep in 16 bits; repeatable.")] = None,
-    vision_tower: Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")] = None,
-    method: Annotated[str, typer.Option(help="mbq, awq, fixed, smoothquant or rtn.")] = DEFAULT.method,
+    vision_tower: VisionTower = None,
+    method: Method = DEFAULT.method,
     num_calibration_samples: Samples = DEFAULT.num_calibration_samples,
     max_seq_length: Length = DEFAULT.max_seq_length,
     batch_size: Batch = DEFAULT.batch_size,

@@ -66,8 +66,7 @@ def model_card(
     ``kept`` are the patterns of what stays in 16 bits, ``files`` the names of the files beside the card, ``megabytes``
     the sizes of the weights before and after.
     """
-    repository, _, revision = base_model.partition("@") if "/" in base_model else (base_model, "", "")
-    address = f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
+    repository, _ = on_the_hub(base_model)
     front_matter = {
         "base_model": repository,
         "base_model_relation": "quantized",
@@ -78,7 +77,7 @@ def model_card(
     return _CARD.format(
         front_matter=yaml.safe_dump(front_matter, sort_keys=False),
         name=repository.split("/")[-1],
-        base=f"[{base_model}]({address})" if "/" in base_model else base_model,
+        base=base_link(base_model),
         scheme=recipe.numbers.name,
         method=METHOD_NAMES.get(recipe.method, recipe.method),
         weights=_weights(recipe),
@@ -100,6 +99,25 @@ _FILES = {
     "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
     "search.json": "`search.json` holds the chosen alpha and the loss at every alpha, a group of linears a row.",
 }
+
+
+def base_link(base_model: str) -> str:
+    """The float model's name, a link where it is on the hub."""
+    address = on_the_hub(base_model)[1]
+    return f"[{base_model}]({address})" if address else base_model
+
+
+def on_the_hub(base_model: str) -> tuple[str, str | None]:
+    """The repository of "owner/model" or "owner/model@revision", and its address; a folder's name has none."""
+    if "/" not in base_model:
+        return base_model, None
+    repository, _, revision = base_model.partition("@")
+    return repository, f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
+
+
+def numbers_text(recipe: Recipe) -> str:
+    """ "W4A8: 4-bit symmetric integer weights with ..." """
+    return f"{recipe.numbers.name}: {_weights(recipe)}{_activations(recipe)}"
 
 
 def _weights(recipe: Recipe) -> str:

@@ -1,20 +1,21 @@
-"""What a quantized folder holds besides weights: everything to load it, to judge it and to make it again."""
+"""What a written folder holds besides weights: everything to load it, to judge it and to make it again."""
 
 from __future__ import annotations
 
 import json
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mbq.architecture import Binding
-from mbq.checkpoint.compressed_tensors import loading_note, quantization_config, save_model
+from mbq.checkpoint.compressed_tensors import checkpoint_bytes, loading_note, quantization_config, save_model
 from mbq.checkpoint.folder import new_folder
 from mbq.errors import MBQError
+from mbq.importance import Importance
 from mbq.loading import model_folder
 from mbq.model_card import model_card
 from mbq.recipe import Recipe, recipe_yaml
@@ -30,7 +31,8 @@ class Measured:
 
     data_hash       SHA-256 of the rows that were drawn and of their pictures, or None without data
     bytes_before    of the float model's tensors
-    bytes_after     of the quantized model's
+    bytes_after     of what it has become
+    importance      of input channels, by linear, where the product asks for it
     """
 
     data_hash: str | None
@@ -38,6 +40,26 @@ class Measured:
     search: list[GroupSearch]
     bytes_before: int
     bytes_after: int
+    importance: Importance | None = None
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a run makes of the model that it has equalized.
+
+    name    of the product; a run does not go on with the blocks of another's
+    packs   whether the linears that the search quantizes become packed ones, or stay float with the vectors folded in
+    size    (binding, processor, recipe) -> bytes of the tensors that are written; MBQError, before the search, for a
+            model that it cannot be made of
+    write   (output, binding, processor, recipe, name of the float model, what was found) -> the folder; MBQError
+    measures  the importance of input channels as well
+    """
+
+    name: str
+    packs: bool
+    size: Callable[[Binding, Any, Recipe], int]
+    write: Callable[[Path, Binding, Any, Recipe, str, Measured], Path]
+    measures: bool = False
 
 
 def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe, name: str, found: Measured) -> Path:
@@ -46,18 +68,12 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
     ``name`` is the folder or hub id of the float model. Raises MBQError as ``new_folder`` does.
     """
     model: Any = binding.model
-    base_model = Path(name).name if Path(name).is_dir() else name
+    base_model = base_name(name)
     ignore, others = ignored(binding, recipe)
     with new_folder(output, needs=found.bytes_after) as folder:
         save_model(model, folder, quantization_config(recipe.numbers, ignore, others), recipe.max_shard_size)
-        processor.save_pretrained(folder)
-        _copy_code(name, folder, recipe.trust_remote_code)
-        text = recipe_yaml(recipe, base_model, found.data_hash)
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        if found.sensitivity is not None:
-            write_json(folder / "sensitivity.json", found.sensitivity.to_json())
-        if found.search:
-            write_json(folder / "search.json", [row.to_json() for row in found.search])
+        write_processor(folder, processor, recipe, name)
+        text = write_records(folder, recipe, base_model, found)
         card = model_card(
             recipe,
             text,
@@ -70,6 +86,35 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output
+
+
+def _quantized_bytes(binding: Binding, processor: Any, recipe: Recipe) -> int:
+    return checkpoint_bytes(binding.model, quantization_config(recipe.numbers, *ignored(binding, recipe)))
+
+
+QUANTIZED = Product("quantized", packs=True, size=_quantized_bytes, write=write_folder)
+
+
+def base_name(name: str) -> str:
+    """How a card and a recipe call the float model: a folder by its last part, else the hub id."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def write_processor(folder: Path, processor: Any, recipe: Recipe, name: str) -> None:
+    """Tokenizer, image processor and chat template, and the code that the float model's folder ``name`` brings."""
+    processor.save_pretrained(folder)
+    _copy_code(name, folder, recipe.trust_remote_code)
+
+
+def write_records(folder: Path, recipe: Recipe, base_model: str, found: Measured) -> str:
+    """recipe.yaml, whose text it returns, sensitivity.json and search.json."""
+    text = recipe_yaml(recipe, base_model, found.data_hash)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    if found.sensitivity is not None:
+        write_json(folder / "sensitivity.json", found.sensitivity.to_json())
+    if found.search:
+        write_json(folder / "search.json", [row.to_json() for row in found.search])
+    return text
 
 
 def ignored(binding: Binding, recipe: Recipe) -> tuple[list[str], dict[str, Scheme]]:

@@ -17,15 +17,15 @@ from mbq import ranks
 from mbq.architecture import Binding, bind
 from mbq.blocks import Inputs, capture, device_of
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
-from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.checkpoint.folder import check_new, check_space
 from mbq.checkpoint.state import RunState, files_hash, kept_by_rank_0, run_state
 from mbq.cost import cost_of, speed, weight_bytes
 from mbq.errors import MBQError
 from mbq.finished import FinishedBlocks, linear_of
+from mbq.importance import importance
 from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
-from mbq.output import Measured, ignored, write_folder
+from mbq.output import QUANTIZED, Measured, Product
 from mbq.placement import Plan, make_plan, place
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
@@ -105,6 +105,24 @@ def quantize(
     """
     rows = data if isinstance(data, list) else None
     recipe = Recipe.of(scheme=scheme, method=method, data=None if rows else data, images=images, **options)
+    return make(QUANTIZED, model, processor, recipe, rows, output, resume, progress, announce)
+
+
+def make(
+    product: Product,
+    model: str | Path | nn.Module,
+    processor: Any,
+    recipe: Recipe,
+    rows: list[Row] | None,
+    output: str | Path | None,
+    resume: bool,
+    progress: Progress,
+    announce: Callable[[Plan], None] | None,
+) -> QuantizationResult:
+    """Equalize a model and make ``product`` of it, between ranks that are joined; arguments as ``quantize`` has them.
+
+    rows  those that the caller has read; None: what ``recipe`` names
+    """
     chosen = _method(recipe.method)
     if output is not None:
         check_new(output)
@@ -113,18 +131,18 @@ def quantize(
     with _timed(seconds, "read"):
         rows = _rows(recipe, rows)  # before the model, which takes longer
         hashed = data_hash(_drawn(rows, recipe)) if rows else None
-    with _state(model, output, recipe, hashed, chosen, resume) as state:
+    with _state(model, output, product, recipe, hashed, chosen, resume) as state:
         with _timed(seconds, "load"):
             own, processor, name = _float_model(model, processor, recipe)
             binding = bind(own)
             targets = target_schemes(binding, recipe)
-            packed = checkpoint_bytes(own, quantization_config(recipe.numbers, *ignored(binding, recipe)))
+            size = product.size(binding, processor, recipe)
             if output is not None and ranks.rank() == 0:  # before hours of work, not after
-                check_space(output, packed)
+                check_space(output, size)
         before = weight_bytes(own)
         with _timed(seconds, "calibrate"):
             batches = _batches(rows, processor, binding, recipe, progress)
-            plan = _plan(binding, batches, recipe, packed, isinstance(model, nn.Module), output, state)
+            plan = _plan(binding, batches, recipe, size, isinstance(model, nn.Module), output, state)
             _announce(plan, announce)
             if not isinstance(model, nn.Module):
                 place(binding, plan)
@@ -137,20 +155,25 @@ def quantize(
             with _timed(seconds, "sensitivity"):
                 sensitivity = _measured(binding, batches, inputs, recipe, plan, progress, state)
             give_back()  # the inputs of all blocks
-        finished = FinishedBlocks(binding, targets, chosen, state) if ranks.rank() == 0 else None
+        packed = targets if product.packs else {}
+        finished = FinishedBlocks(binding, packed, chosen, state) if ranks.rank() == 0 else None
         with _timed(seconds, "search"):
             search = _equalize(binding, batches, inputs, chosen, targets, sensitivity, recipe, plan, progress, finished)
         after, folder = 0, None
         if finished is not None:
             with _timed(seconds, "quantize"):
                 finished.pack_rest(progress)
+                extra = None
+                if product.measures:
+                    keep = plan.storage(plan.traces)
+                    extra = importance(binding, batches, chosen, search_options(recipe), sensitivity, keep)
                 if plan.blocks:
                     own.to("cpu")  # as a whole again
             after = weight_bytes(own)
         if finished is not None and output is not None:
             with _timed(seconds, "write"):
-                found = Measured(hashed, sensitivity, search, before, after)
-                folder = write_folder(Path(output), binding, processor, recipe, name, found)
+                found = Measured(hashed, sensitivity, search, before, after, extra)
+                folder = product.write(Path(output), binding, processor, recipe, name, found)
         after, folder = ranks.from_first((after, folder))
     made = own if finished is not None else None
     return QuantizationResult(made, processor, recipe, folder, sensitivity, search, seconds, before, after)
@@ -158,7 +181,7 @@ def quantize(
 
 @contextmanager
 def _state(
-    model: Any, output: Any, recipe: Recipe, hashed: str | None, method: Method, resume: bool
+    model: Any, output: Any, product: Product, recipe: Recipe, hashed: str | None, method: Method, resume: bool
 ) -> Iterator[RunState | None]:
     """Where a run that may take hours keeps what is done; None for runs that search nothing or write nothing."""
     if isinstance(model, nn.Module) or output is None or method.equalize is None or recipe.distorted_input:
@@ -170,7 +193,7 @@ def _state(
         return
     options = {name: value for name, value in asdict(recipe).items() if name not in NO_NUMBERS}
     files = files_hash(model_folder(model))
-    fingerprint = {**options, **package_versions(), "data": hashed, "model files": files}
+    fingerprint = {"product": product.name, **options, **package_versions(), "data": hashed, "model files": files}
     ranks.agree(fingerprint)
     if ranks.rank() > 0:
         with kept_by_rank_0(Path(output)):
@@ -374,17 +397,7 @@ def _equalize(
     finished: FinishedBlocks | None,
 ) -> list[GroupSearch]:
     """Fold the method's vectors into the blocks and SmoothQuant's into the tower; the float function stays."""
-    options = SearchOptions(
-        norm=recipe.norm,
-        objective=recipe.objective,
-        vision_weight=recipe.vision_weight,
-        smooth_alpha=recipe.smooth_alpha,
-        floor=recipe.floor,
-        gqa_fold=recipe.gqa_fold,
-        distorted_input=recipe.distorted_input,
-        parity=recipe.parity,
-        tokens=None if recipe.parity else recipe.search_tokens or None,
-    )
+    options = search_options(recipe)
     scheme = recipe.numbers
     search = equalize_model(
         binding,
@@ -402,6 +415,21 @@ def _equalize(
     if recipe.vision_tower is not None and finished is not None:  # one pass of the tower, not worth sharing
         smooth_vision_tower(binding, batches, recipe.ignore, recipe.smooth_alpha)
     return search
+
+
+def search_options(recipe: Recipe) -> SearchOptions:
+    """Those of a recipe's options that the search reads."""
+    return SearchOptions(
+        norm=recipe.norm,
+        objective=recipe.objective,
+        vision_weight=recipe.vision_weight,
+        smooth_alpha=recipe.smooth_alpha,
+        floor=recipe.floor,
+        gqa_fold=recipe.gqa_fold,
+        distorted_input=recipe.distorted_input,
+        parity=recipe.parity,
+        tokens=None if recipe.parity else recipe.search_tokens or None,
+    )
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def equalize_model(
         options,
         frozenset(binding.names if targets is None else targets),
         token_roles(batches, options.parity).to(device_of(binding.model)),
-        _weighings(sensitivity, options) if method.weighs else None,
+        weighings(sensitivity, options) if method.weighs else None,
     )
     _check_norms(binding)
     hidden, calls = inputs or capture(binding, batches[ranks.part(len(batches))], storage)
@@ -251,7 +251,8 @@ class _Search:
         return sources
 
 
-def _weighings(sensitivity: Sensitivity | None, options: SearchOptions) -> dict[str, list[Weighing]]:
+def weighings(sensitivity: Sensitivity | None, options: SearchOptions) -> dict[str, list[Weighing]]:
+    """What the tokens of each part weigh by, a block: ``weighings(...)["attn"][index]``."""
     if sensitivity is None:
         raise ValueError("this method weighs modalities: give the sensitivity that mbq.sensitivity.measure returns")
     ratio = ratios(sensitivity, options.floor)
