@@ -6,6 +6,8 @@ exist. A class without an entry is matched by the structure of its blocks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mbq.architecture import Architecture, LinearGroup
 
 # Qwen2, Llama, Mistral and what is built like them.
@@ -43,7 +45,28 @@ FUSED_VISION_GROUPS = (  # Qwen2-VL's tower and the original InternViT
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
 )
-VISION_GROUPS = (SIGLIP_GROUPS, INTERNVL_VISION_GROUPS, FUSED_VISION_GROUPS)
+QWEN2_5_VISION_GROUPS = (
+    LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
+    LinearGroup("gate_up", "norm2", ("mlp.gate_proj", "mlp.up_proj"), "mlp", "mlp"),
+)
+QWEN3_VISION_GROUPS = (
+    LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
+    LinearGroup("fc1", "norm2", ("mlp.linear_fc1",), "mlp", "mlp"),
+)
+PIXTRAL_GROUPS = (
+    LinearGroup(
+        "qkv", "attention_norm", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention", "attn"
+    ),
+    LinearGroup("gate_up", "ffn_norm", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward", "mlp"),
+)
+VISION_GROUPS = (
+    SIGLIP_GROUPS,
+    INTERNVL_VISION_GROUPS,
+    FUSED_VISION_GROUPS,
+    QWEN2_5_VISION_GROUPS,
+    QWEN3_VISION_GROUPS,
+    PIXTRAL_GROUPS,
+)
 
 # Where configs say which tokens stand for images and videos.
 VISION_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "img_context_token_id")
@@ -60,17 +83,11 @@ LLAVA_ONEVISION = Architecture(
     vision_tokens=VISION_TOKENS,
 )
 
-INTERNVL = Architecture(
-    model_class="InternVLForConditionalGeneration",
-    blocks="model.language_model.layers",
-    groups=LLAMA_GROUPS,
-    attn_output="self_attn.o_proj",
-    mlp_output="mlp.down_proj",
-    vision_tower="model.vision_tower",
-    projector="model.multi_modal_projector",
-    kept=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
-    vision_tokens=VISION_TOKENS,
-)
+# The same names. LLaVA's class is Pixtral's too, Mistral 3's that of Mistral Small 3.1 and later.
+INTERNVL = replace(LLAVA_ONEVISION, model_class="InternVLForConditionalGeneration")
+LLAVA = replace(LLAVA_ONEVISION, model_class="LlavaForConditionalGeneration")
+LLAVA_NEXT = replace(LLAVA_ONEVISION, model_class="LlavaNextForConditionalGeneration")
+MISTRAL3 = replace(LLAVA_ONEVISION, model_class="Mistral3ForConditionalGeneration")
 
 QWEN2_VL = Architecture(
     model_class="Qwen2VLForConditionalGeneration",
@@ -83,6 +100,23 @@ QWEN2_VL = Architecture(
     kept=("lm_head", "re:.*visual.*"),
     vision_tokens=VISION_TOKENS,
 )
+
+QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration")
+# Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
+QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration")
+
+IDEFICS3 = Architecture(
+    model_class="Idefics3ForConditionalGeneration",
+    blocks="model.text_model.layers",
+    groups=LLAMA_GROUPS,
+    attn_output="self_attn.o_proj",
+    mlp_output="mlp.down_proj",
+    vision_tower="model.vision_model",
+    projector="model.connector",
+    kept=("lm_head", "re:.*vision_model.*", "re:.*connector.*"),
+    vision_tokens=VISION_TOKENS,
+)
+SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration")
 
 # The original InternVL2 folders, which bring their own code (--trust-remote-code).
 INTERNVL_CHAT_INTERNLM2 = Architecture(
@@ -111,7 +145,14 @@ INTERNVL_CHAT_LLAMA = Architecture(
 
 FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "LlavaOnevisionForConditionalGeneration": (LLAVA_ONEVISION,),
+    "LlavaForConditionalGeneration": (LLAVA,),
+    "LlavaNextForConditionalGeneration": (LLAVA_NEXT,),
     "InternVLForConditionalGeneration": (INTERNVL,),
-    "Qwen2VLForConditionalGeneration": (QWEN2_VL,),
     "InternVLChatModel": (INTERNVL_CHAT_INTERNLM2, INTERNVL_CHAT_LLAMA),
+    "Qwen2VLForConditionalGeneration": (QWEN2_VL,),
+    "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL,),
+    "Qwen3VLForConditionalGeneration": (QWEN3_VL,),
+    "Mistral3ForConditionalGeneration": (MISTRAL3,),
+    "Idefics3ForConditionalGeneration": (IDEFICS3,),
+    "SmolVLMForConditionalGeneration": (SMOLVLM,),
 }

@@ -1,0 +1,27 @@
+"""Random vectors folded into every group of a model."""
+
+from __future__ import annotations
+
+import torch
+
+from mbq.architecture import Binding
+from mbq.equalization import fold, value_rows
+
+HEAD_DIM = 32  # of all tiny models
+
+
+def fold_everything(binding: Binding) -> None:
+    """In place. Vectors are between 0.25 and 4.25, a number for each row of what comes before."""
+    generator = torch.Generator().manual_seed(1)
+    for index in range(len(binding.blocks)):
+        for group in binding.architecture.groups:
+            linears = [binding.module(index, path).weight for path in group.linears]
+            prev = binding.module(index, group.prev)
+            channels = linears[0].shape[1]
+            sources = torch.arange(channels)
+            if group.name == "o":
+                found = value_rows(len(prev.weight), channels, HEAD_DIM, binding.architecture.fused_qkv)
+                assert found is not None
+                sources = found
+            row_vector = torch.rand(len(prev.weight), generator=generator) * 4 + 0.25
+            fold(row_vector[sources], sources, list(prev.parameters(recurse=False)), linears)

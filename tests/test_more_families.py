@@ -1,0 +1,154 @@
+"""The families of tests/tiny_families.py: names, folds, gradients, and folders that come back, on tiny models."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
+
+import mbq
+from mbq.architecture import Binding, bind
+from mbq.blocks import hooked
+from mbq.calibration import NO_LABEL, CalibrationBatch, calibration_batches
+from mbq.qlinear import QuantLinear
+from mbq.sensitivity import answer_loss, token_gradients
+from mbq.vision_tower import smooth_vision_tower
+from tests.chats import row
+from tests.folding import fold_everything
+from tests.tiny import inputs
+from tests.tiny_families import BUILDERS, tiny
+
+ROWS = [
+    row([0, "What is shown?"], "A red circle is left of a blue square."),
+    row("How many shapes are there?", "There are three shapes."),
+    row([1, 2, "Which color?"], "Yellow.", [3, "And here?"], "Green."),
+]
+
+families = pytest.mark.parametrize("family", BUILDERS)
+
+
+def batches_for(binding: Binding, processor: Any) -> list[CalibrationBatch]:
+    """All three rows, the longest padded to the other two's pictures and tokens."""
+    vision = set(binding.vision_tokens)
+    return calibration_batches(ROWS, processor, vision, num_samples=len(ROWS), batch_size=2)
+
+
+def logits(model: Any, given: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**given).logits
+
+
+@families
+def test_folding_every_group_leaves_the_logits(family: str) -> None:
+    model, processor = tiny(family)
+    binding, given = bind(model), inputs(processor, images=2)
+    before = logits(model, given)
+    fold_everything(binding)
+    torch.testing.assert_close(logits(model, given), before, rtol=1e-3, atol=1e-3)
+
+
+def _keep(outputs: list[torch.Tensor], module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    outputs.append(output)
+
+
+@families
+def test_gradients_of_one_block_at_a_time_are_those_of_the_whole_model(family: str) -> None:
+    model, processor = tiny(family)
+    binding = bind(model)
+    batches = batches_for(binding, processor)
+    paths = (binding.architecture.attn_output, binding.architecture.mlp_output)
+    expected = []
+    for batch in batches:
+        with hooked() as hooks:
+            outputs: list[torch.Tensor] = []
+            for index in range(len(binding.blocks)):
+                for path in paths:
+                    keep = partial(_keep, outputs)
+                    hooks.append(binding.module(index, path).register_forward_hook(keep))
+            loss = answer_loss(model(**batch.inputs).logits, batch.labels)
+        gradients = torch.autograd.grad(loss, outputs)
+        means = torch.stack([gradient.abs().mean(-1) for gradient in gradients])
+        expected.append(means.view(len(binding.blocks), len(paths), *batch.labels.shape))
+    assert all(bool(each[0][:, batch.vision].any()) for each, batch in zip(expected, batches, strict=True))
+    found = token_gradients(binding, batches)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)
+
+
+@families
+def test_a_quantized_folder_comes_back(family: str, tmp_path: Path) -> None:
+    """By mbq with equal logits and answers, by transformers alone with nearly equal ones; the names in it are right."""
+    model, processor = tiny(family)
+    options = {"num_calibration_samples": 3, "batch_size": 2, "group_size": 32, "device": "cpu"}
+    result = mbq.quantize(model, processor, data=ROWS, output=tmp_path / "out", gqa_fold=True, **options)
+    assert not any(each.skipped for each in result.search)
+    given = inputs(processor, images=2)
+    expected = logits(result.model, given)
+    loaded, loaded_processor = mbq.load(tmp_path / "out"), mbq.load_processor(tmp_path / "out")
+    assert torch.equal(logits(loaded, inputs(loaded_processor, images=2)), expected)
+    assert not torch.allclose(logits(model, given), expected, atol=1e-3), "nothing was quantized"
+    answers = [each.generate(**given, max_new_tokens=4, do_sample=False) for each in (result.model, loaded)]
+    assert torch.equal(*answers)
+    assert answers[0].shape[1] > given["input_ids"].shape[1]
+    alone = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "out", quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    torch.testing.assert_close(logits(alone, given), expected, atol=1e-3, rtol=1e-3)
+    _check_checkpoint_names(result.model, bind(model), load_file(tmp_path / "out" / "model.safetensors"))
+
+
+def _check_checkpoint_names(model: nn.Module, binding: Binding, tensors: dict[str, torch.Tensor]) -> None:
+    """Engines look for the ignore patterns in the checkpoint's names, transformers in the modules'."""
+
+    def ignored(name: str) -> bool:
+        return any(re.match(p[3:], name) if p.startswith("re:") else p == name for p in binding.ignore())
+
+    quantized = [name.removesuffix(".weight_packed") for name in tensors if name.endswith(".weight_packed")]
+    assert len(quantized) == sum(isinstance(module, QuantLinear) for module in model.modules())
+    assert not any(ignored(name) for name in quantized)
+    kept = [model.get_submodule(name).weight for name in binding.kept if name != "lm_head"]
+    for weight in kept:  # found by their numbers, which are random
+        (name,) = (name for name, each in tensors.items() if each.shape == weight.shape and torch.equal(each, weight))
+        assert ignored(name.removesuffix(".weight"))
+
+
+@families
+def test_every_linear_is_quantized_or_kept(family: str) -> None:
+    model, _ = tiny(family)
+    binding = bind(model)
+    blocks = [name for name, module in binding.blocks.named_modules() if isinstance(module, nn.Linear)]
+    assert set(binding.names) == {f"{binding.architecture.blocks}.{name}" for name in blocks}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(binding.kept) == linears - set(binding.names)
+
+
+@families
+def test_vision_tokens_and_answers_are_found(family: str) -> None:
+    model, processor = tiny(family)
+    binding = bind(model)
+    batches = batches_for(binding, processor)
+    said = {processor.tokenizer.decode(labels[labels != NO_LABEL]) for batch in batches for labels in batch.labels}
+    assert said == {
+        "A red circle is left of a blue square.<|im_end|>",
+        "There are three shapes.<|im_end|>",
+        "Yellow.<|im_end|>Green.<|im_end|>",
+    }
+    pictures = sorted(int(vision.any()) for batch in batches for vision in batch.vision)
+    assert pictures == [0, 1, 1]
+
+
+@families
+def test_smoothing_the_vision_tower_leaves_the_logits(family: str) -> None:
+    model, processor = tiny(family)
+    binding, given = bind(model), inputs(processor)
+    before = logits(model, given)
+    names = smooth_vision_tower(binding, batches_for(binding, processor))
+    assert names
+    torch.testing.assert_close(logits(model, given), before, rtol=1e-3, atol=1e-3)
