@@ -53,11 +53,12 @@ from tests.tiny import CHATML_TEMPLATE, QWEN2_VL_TEMPLATE, QWEN_IDS, randomize, 
 HIDDEN = 64
 
 
-def _template(image: str) -> str:
+def template(image: str) -> str:
+    """A conversation format that writes ``image`` where a picture is."""
     return CHATML_TEMPLATE.replace("FIRST\n", "").replace("IMAGE", image)
 
 
-def _text(tokens: Any, kv_heads: int = 1, **more: Any) -> dict[str, Any]:
+def text_config(tokens: Any, kv_heads: int = 1, **more: Any) -> dict[str, Any]:
     """The arguments that the configurations of all language models share."""
     return {
         "vocab_size": len(tokens),
@@ -97,7 +98,9 @@ def _qwen(config_class: type, model_class: type, processor: type, videos: type, 
     ids = {name: tokens.convert_tokens_to_ids(token) for name, token in zip(QWEN_IDS, special, strict=True)}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6], **mrope}
     shared = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
-    config = config_class(text_config=_text(tokens, rope_parameters=rope), vision_config={**shared, **vision}, **ids)
+    config = config_class(
+        text_config=text_config(tokens, rope_parameters=rope), vision_config={**shared, **vision}, **ids
+    )
     images = Qwen2VLImageProcessor(size=size, **patch)
     return model_class(config), processor(images, tokens, videos(size=size, **patch), chat_template=QWEN2_VL_TEMPLATE)
 
@@ -125,11 +128,11 @@ def _llava() -> tuple[Any, Any]:
         patch_size=28,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_template(r"<image>\n"),
+        chat_template=template(r"<image>\n"),
     )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**_vision()),
-        text_config=LlamaConfig(**_text(tokens, kv_heads=2)),
+        text_config=LlamaConfig(**text_config(tokens, kv_heads=2)),
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
         image_seq_length=4,
     )
@@ -145,11 +148,11 @@ def _llava_next(text: type) -> tuple[Any, Any]:
         patch_size=28,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=_template(r"<image>\n"),
+        chat_template=template(r"<image>\n"),
     )
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_vision()),
-        text_config=text(**_text(tokens)),
+        text_config=text(**text_config(tokens)),
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=grid,
         image_seq_length=4,
@@ -164,7 +167,7 @@ def _pixtral_parts(patch: int, merge: int) -> tuple[Any, Any, PixtralVisionConfi
         tokens,
         patch_size=patch,
         spatial_merge_size=merge,
-        chat_template=_template("[IMG]"),
+        chat_template=template("[IMG]"),
     )
     return tokens, processor, PixtralVisionConfig(**_vision(patch_size=patch))
 
@@ -174,7 +177,7 @@ def _pixtral() -> tuple[Any, Any]:
     tokens, processor, vision = _pixtral_parts(patch=28, merge=1)
     config = LlavaConfig(
         vision_config=vision,
-        text_config=MistralConfig(**_text(tokens)),
+        text_config=MistralConfig(**text_config(tokens)),
         image_token_index=tokens.convert_tokens_to_ids("[IMG]"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -186,7 +189,7 @@ def _mistral3() -> tuple[Any, Any]:
     tokens, processor, vision = _pixtral_parts(patch=14, merge=2)
     config = Mistral3Config(
         vision_config=vision,
-        text_config=MistralConfig(**_text(tokens)),
+        text_config=MistralConfig(**text_config(tokens)),
         image_token_index=tokens.convert_tokens_to_ids("[IMG]"),
         tie_word_embeddings=False,
     )
@@ -202,11 +205,11 @@ def _idefics3(config_class: type, model_class: type) -> tuple[Any, Any]:
         Idefics3ImageProcessor(size={"longest_edge": 112}, max_image_size={"longest_edge": 56}),
         tokens,
         image_seq_len=4,
-        chat_template=_template("<image>"),
+        chat_template=template("<image>"),
     )
     config = config_class(
         vision_config=_vision(patch_size=14),
-        text_config=LlamaConfig(**_text(tokens)),
+        text_config=LlamaConfig(**text_config(tokens)),
         image_token_id=tokens.convert_tokens_to_ids("<image>"),
         scale_factor=2,
     )

@@ -37,6 +37,7 @@ class Architecture:
     """One model class as names; ``bind`` checks that every one of them exists.
 
     model_class     class name of the model, as in config.json's ``architectures``
+    models          what is published with it, for tables
     blocks          path of the ModuleList of decoder blocks, from the model
     groups          the groups of a block, in the order of the forward pass
     attn_output     path in a block of the linear whose output carries the attention sensitivity (o_proj)
@@ -50,6 +51,7 @@ class Architecture:
     """
 
     model_class: str
+    models: str
     blocks: str
     groups: tuple[LinearGroup, ...]
     attn_output: str
@@ -220,6 +222,7 @@ def _match_structure(model: nn.Module) -> Architecture:
     return replace(
         layout,
         model_class=type(model).__name__,
+        models="",
         blocks=path,
         vision_tower=_part(tower, path),
         projector=None,

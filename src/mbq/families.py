@@ -1,4 +1,4 @@
-"""Data only: model class -> its architectures. Add a family by adding an entry here and a tiny model in tests/tiny.py.
+"""Data only: model class -> its architectures. docs/families.md says how to add one.
 
 A class with several language models has one architecture for each; ``mbq.architecture.bind`` takes the one whose names
 exist. A class without an entry is matched by the structure of its blocks.
@@ -73,6 +73,7 @@ VISION_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video
 
 LLAVA_ONEVISION = Architecture(
     model_class="LlavaOnevisionForConditionalGeneration",
+    models="LLaVA-OneVision",
     blocks="model.language_model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -83,14 +84,17 @@ LLAVA_ONEVISION = Architecture(
     vision_tokens=VISION_TOKENS,
 )
 
-# The same names. LLaVA's class is Pixtral's too, Mistral 3's that of Mistral Small 3.1 and later.
-INTERNVL = replace(LLAVA_ONEVISION, model_class="InternVLForConditionalGeneration")
-LLAVA = replace(LLAVA_ONEVISION, model_class="LlavaForConditionalGeneration")
-LLAVA_NEXT = replace(LLAVA_ONEVISION, model_class="LlavaNextForConditionalGeneration")
-MISTRAL3 = replace(LLAVA_ONEVISION, model_class="Mistral3ForConditionalGeneration")
+# The same names.
+INTERNVL = replace(
+    LLAVA_ONEVISION, model_class="InternVLForConditionalGeneration", models="InternVL3, InternVL3.5 (dense)"
+)
+LLAVA = replace(LLAVA_ONEVISION, model_class="LlavaForConditionalGeneration", models="LLaVA-1.5, Pixtral")
+LLAVA_NEXT = replace(LLAVA_ONEVISION, model_class="LlavaNextForConditionalGeneration", models="LLaVA-NeXT (1.6)")
+MISTRAL3 = replace(LLAVA_ONEVISION, model_class="Mistral3ForConditionalGeneration", models="Mistral Small 3.1, 3.2")
 
 QWEN2_VL = Architecture(
     model_class="Qwen2VLForConditionalGeneration",
+    models="Qwen2-VL",
     blocks="model.language_model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -101,12 +105,13 @@ QWEN2_VL = Architecture(
     vision_tokens=VISION_TOKENS,
 )
 
-QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration")
+QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration", models="Qwen2.5-VL")
 # Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
-QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration")
+QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)")
 
 IDEFICS3 = Architecture(
     model_class="Idefics3ForConditionalGeneration",
+    models="Idefics3",
     blocks="model.text_model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -116,11 +121,12 @@ IDEFICS3 = Architecture(
     kept=("lm_head", "re:.*vision_model.*", "re:.*connector.*"),
     vision_tokens=VISION_TOKENS,
 )
-SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration")
+SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration", models="SmolVLM, SmolVLM2")
 
 # The original InternVL2 folders, which bring their own code (--trust-remote-code).
 INTERNVL_CHAT_INTERNLM2 = Architecture(
     model_class="InternVLChatModel",
+    models="InternVL2 (its own code; InternLM2)",
     blocks="language_model.model.layers",
     groups=INTERNLM2_GROUPS,
     attn_output="attention.wo",
@@ -133,6 +139,7 @@ INTERNVL_CHAT_INTERNLM2 = Architecture(
 )
 INTERNVL_CHAT_LLAMA = Architecture(
     model_class="InternVLChatModel",
+    models="InternVL2 (its own code; Qwen2, Llama)",
     blocks="language_model.model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -156,3 +163,10 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "Idefics3ForConditionalGeneration": (IDEFICS3,),
     "SmolVLMForConditionalGeneration": (SMOLVLM,),
 }
+
+# Those with a trained model in models/; the tests run the others on random weights alone.
+TRAINED = (
+    "LlavaOnevisionForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+)
