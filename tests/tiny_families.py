@@ -13,7 +13,16 @@ import torch
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GenerationConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vImageProcessor,
+    Glm4vProcessor,
+    Glm4vVideoProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
@@ -43,6 +52,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
@@ -216,6 +226,52 @@ def _idefics3(config_class: type, model_class: type) -> tuple[Any, Any]:
     return model_class(config), processor
 
 
+def _gemma3() -> tuple[Any, Any]:
+    """Embeddings are the head, as published; one block attends within a window, one to everything."""
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokens = tokenizer(list(named.values()), **named)
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": 56, "width": 56}),
+        tokens,
+        chat_template=template("<start_of_image>"),
+        image_seq_length=4,
+    )
+    ids = {f"{name}_index": tokens.convert_tokens_to_ids(token) for name, token in named.items()}
+    text = text_config(tokens, query_pre_attn_scalar=32, sliding_window=16)
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**_vision(patch_size=14), vision_use_head=False),
+        text_config={**text, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True},
+        mm_tokens_per_image=4,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    return Gemma3ForConditionalGeneration(config), processor
+
+
+def _glm4v() -> tuple[Any, Any]:
+    special = ["<|begin_of_image|>", "<|image|>", "<|end_of_image|>"]
+    special += [token.replace("image", "video") for token in special]
+    tokens = tokenizer(special, image_token="<|image|>", video_token="<|video|>")
+    size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
+    processor = Glm4vProcessor(
+        Glm4vImageProcessor(size=size),
+        tokens,
+        Glm4vVideoProcessor(size=size),
+        chat_template=template("".join(special[:3])),
+    )
+    names = ("image_start_token_id", "image_token_id", "image_end_token_id")
+    names += tuple(name.replace("image", "video") for name in names)
+    text = text_config(tokens, rope_parameters={"rope_theta": 10000.0, "mrope_section": [4, 6, 6]})
+    del text["head_dim"]
+    config = Glm4vConfig(
+        text_config=text,
+        vision_config={"depth": 2, "num_heads": 2, "hidden_size": 32, "out_hidden_size": HIDDEN,
+                       "intermediate_size": 64, "image_size": 56},
+        **dict(zip(names, tokens.convert_tokens_to_ids(special), strict=True)),
+    )  # fmt: skip
+    return Glm4vForConditionalGeneration(config), processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
@@ -226,6 +282,8 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "internvl3_5": lambda: first.tiny("internvl", hidden=HIDDEN, kv_heads=1, text="qwen3"),
     "pixtral": _pixtral,
     "mistral3": _mistral3,
+    "gemma3": _gemma3,
+    "glm4v": _glm4v,
     "idefics3": lambda: _idefics3(Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": lambda: _idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration),
 }

@@ -72,7 +72,7 @@ def answer_tokens(
             continue
         piece, ranges = _token_ranges(tokenizer, text[start:stop], inside, where)
         left = [(low, high) for low, high in gaps if low >= after]
-        shifts = ((low, high, _shift(piece, ids[low:high], ranges[0][0])) for low, high in left)
+        shifts = ((low, high, _shift(piece, ids[low:high], (ranges[0][0], ranges[-1][1] + 1))) for low, high in left)
         low, after, shift = next((each for each in shifts if each[2] is not None), (0, 0, None))
         if shift is None:
             raise MBQError(
@@ -139,11 +139,18 @@ def _token_ranges(tokenizer: Any, piece: str, spans: list[Span], where: str) -> 
     return ids, ranges
 
 
-def _shift(piece: list[int], segment: list[int], first: int) -> int | None:
-    """Where ``piece`` from token ``first`` on stands in ``segment``, which may start otherwise and end in <img>."""
+def _shift(piece: list[int], segment: list[int], answers: Span) -> int | None:
+    """Where ``piece`` stands in ``segment``, which may start otherwise and end in what begins an image (<img>).
+
+    From its first answer on it must be the same to its end; or, where a processor writes text before an image that
+    merges with what stands there (Gemma 3's line breaks), its ``answers`` and all between them must occur once.
+    """
+    first, stop = answers
     for trail in range(_LONGEST_TRAIL):
         shift = len(segment) - trail - len(piece)
-        stop = shift + len(piece)
-        if shift + first >= 0 and segment[shift + first : stop] == piece[first:]:
+        end = shift + len(piece)
+        if shift + first >= 0 and segment[shift + first : end] == piece[first:]:
             return shift
-    return None
+    wanted = piece[first:stop]
+    found = [at for at in range(len(segment) - len(wanted) + 1) if segment[at : at + len(wanted)] == wanted]
+    return found[0] - first if len(found) == 1 else None

@@ -48,6 +48,8 @@ class Architecture:
                     ``ignore``: exact names, or "re:" expressions that match module names and checkpoint names alike
     vision_tokens   attributes of the config (or the model) that hold the ids of vision tokens ("image_token_id")
     fused_qkv       the group "qkv" is one fused linear with interleaved rows (InternLM2's wqkv)
+    fused_gate_up   "gate_up" is one fused linear, whose rows are the gate's first (GLM's gate_up_proj)
+    norm_offset     what the blocks' norms add to their weight before they multiply by it (Gemma: 1)
     """
 
     model_class: str
@@ -61,6 +63,8 @@ class Architecture:
     kept: tuple[str, ...]
     vision_tokens: tuple[str, ...]
     fused_qkv: bool = False
+    fused_gate_up: bool = False
+    norm_offset: float = 0.0
 
     def group_linears(self) -> tuple[str, ...]:
         """Paths inside a block of every linear that a group names."""

@@ -113,9 +113,7 @@ class Shapes:
         return [
             group
             for group in self.groups
-            if recipe.gqa_fold
-            or group.prev not in self.sizes
-            or self.sizes[group.prev][0] == self.sizes[group.linears[0]][1]
+            if recipe.gqa_fold or group.name != "o" or self.sizes[group.prev][0] == self.sizes[group.linears[0]][1]
         ]
 
 

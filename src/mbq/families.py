@@ -20,6 +20,20 @@ LLAMA_GROUPS = (
     LinearGroup("down", "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj", "mlp"),
 )
 
+# GLM-4.1V has more norms, behind attention and MLP, into which nothing is folded.
+GLM_GROUPS = (
+    *LLAMA_GROUPS[:2],
+    LinearGroup("gate_up", "post_attention_layernorm", ("mlp.gate_up_proj",), "mlp", "mlp"),
+    LinearGroup("down", "mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj", "mlp"),
+)
+
+# So has Gemma 3, where post_attention_layernorm is one of them.
+GEMMA3_GROUPS = (
+    *LLAMA_GROUPS[:2],
+    LinearGroup("gate_up", "pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp", "mlp"),
+    LLAMA_GROUPS[3],
+)
+
 # InternLM2: w1 is the gate, w3 goes up, w2 down; wqkv holds [kv_head][queries + key + value][head_dim] rows.
 INTERNLM2_GROUPS = (
     LinearGroup("qkv", "attention_norm", ("attention.wqkv",), "attention", "attn"),
@@ -45,7 +59,7 @@ FUSED_VISION_GROUPS = (  # Qwen2-VL's tower and the original InternViT
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
 )
-QWEN2_5_VISION_GROUPS = (
+QWEN2_5_VISION_GROUPS = (  # GLM-4.1V too
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("gate_up", "norm2", ("mlp.gate_proj", "mlp.up_proj"), "mlp", "mlp"),
 )
@@ -105,9 +119,25 @@ QWEN2_VL = Architecture(
     vision_tokens=VISION_TOKENS,
 )
 
+GEMMA3 = replace(
+    LLAVA_ONEVISION,
+    model_class="Gemma3ForConditionalGeneration",
+    models="Gemma 3",
+    groups=GEMMA3_GROUPS,
+    norm_offset=1.0,
+)
+
 QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration", models="Qwen2.5-VL")
 # Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
 QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)")
+
+GLM4V = replace(
+    QWEN2_VL,
+    model_class="Glm4vForConditionalGeneration",
+    models="GLM-4.1V",
+    groups=GLM_GROUPS,
+    fused_gate_up=True,
+)
 
 IDEFICS3 = Architecture(
     model_class="Idefics3ForConditionalGeneration",
@@ -160,6 +190,8 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL,),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL,),
     "Mistral3ForConditionalGeneration": (MISTRAL3,),
+    "Gemma3ForConditionalGeneration": (GEMMA3,),
+    "Glm4vForConditionalGeneration": (GLM4V,),
     "Idefics3ForConditionalGeneration": (IDEFICS3,),
     "SmolVLMForConditionalGeneration": (SMOLVLM,),
 }

@@ -185,7 +185,8 @@ class _Search:
         for made, choice in choices if ranks.rank() == 0 or self.options.distorted_input else ():
             weights = [_weight(self.binding.module(index, path)) for path in made.group.linears]
             before = list(self.binding.module(index, made.group.prev).parameters(recurse=False))
-            fold(choice.equalization, made.sources, before, weights)
+            offset = self.binding.architecture.norm_offset if made.norm_fed else 0.0
+            fold(choice.equalization, made.sources, before, weights, offset)
         return rows
 
     def group(self, index: int, group: LinearGroup) -> Group | _Skipped:
@@ -241,6 +242,8 @@ class _Search:
         rows, channels = len(_weight(before)), _weight(linear).shape[1]
         if rows == channels:
             return torch.arange(channels)
+        if group.name == "down" and self.binding.architecture.fused_gate_up and rows == 2 * channels:
+            return channels + torch.arange(channels)
         if not self.options.gqa_fold:
             return f"{group.prev} has {rows} rows for {channels} channels; only gqa_fold folds them"
         attention = self.binding.module(index, group.linears[0].rpartition(".")[0])
@@ -269,7 +272,7 @@ def _check_norms(binding: Binding) -> None:
         for group in binding.architecture.groups:
             before = binding.module(index, group.prev)
             if not isinstance(before, nn.Linear):
-                check_norm(before, binding.name(index, group.prev))
+                check_norm(before, binding.name(index, group.prev), binding.architecture.norm_offset)
 
 
 def _weight(module: nn.Module) -> torch.Tensor:
