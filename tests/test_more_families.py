@@ -17,6 +17,9 @@ import mbq
 from mbq.architecture import Binding, bind
 from mbq.blocks import hooked
 from mbq.calibration import NO_LABEL, CalibrationBatch, calibration_batches
+from mbq.evaluation import prepare
+from mbq.evaluation.packed import PackedDecoder
+from mbq.evaluation.scoring import _plain_logits
 from mbq.qlinear import QuantLinear
 from mbq.sensitivity import answer_loss, token_gradients
 from mbq.vision_tower import smooth_vision_tower
@@ -142,6 +145,23 @@ def test_vision_tokens_and_answers_are_found(family: str) -> None:
     }
     pictures = sorted(int(vision.any()) for batch in batches for vision in batch.vision)
     assert pictures == [0, 1, 1]
+
+
+@families
+def test_evaluation_sees_each_question_as_if_alone(family: str) -> None:
+    """Where questions about one picture are packed, and where they are not: the logits of the answers are the same."""
+    model, processor = tiny(family)
+    rows = [row([index % 2, f"What is {index}?"], "ab" * (index + 1)) for index in range(4)] + [row("How many?", "red")]
+    packs = PackedDecoder.supports(model)
+    assert packs == bind(model).architecture.packs
+    with torch.inference_mode():
+        alone = [_plain_logits(model, single, single.batches[0]) for single in (prepare([r], processor) for r in rows)]
+        questions = prepare(rows, processor, batch_size=6)
+        packed = PackedDecoder(model, questions) if packs else None
+        for number, batch in enumerate(questions.batches):
+            found = packed.logits(number) if packed else _plain_logits(model, questions, batch)
+            expected = torch.cat([alone[index] for index in batch.rows.tolist()])
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @families

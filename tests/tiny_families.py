@@ -149,7 +149,7 @@ def _llava() -> tuple[Any, Any]:
     return LlavaForConditionalGeneration(config), processor
 
 
-def _llava_next(text: type) -> tuple[Any, Any]:
+def _llava_next(text: type, **more: Any) -> tuple[Any, Any]:
     tokens = tokenizer(["<image>"], image_token="<image>")
     side, grid = {"height": 56, "width": 56}, [[56, 112], [112, 56]]
     processor = LlavaNextProcessor(
@@ -162,7 +162,7 @@ def _llava_next(text: type) -> tuple[Any, Any]:
     )
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_vision()),
-        text_config=text(**text_config(tokens)),
+        text_config=text(**text_config(tokens), **more),
         image_token_index=tokens.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=grid,
         image_seq_length=4,
@@ -187,7 +187,7 @@ def _pixtral() -> tuple[Any, Any]:
     tokens, processor, vision = _pixtral_parts(patch=28, merge=1)
     config = LlavaConfig(
         vision_config=vision,
-        text_config=MistralConfig(**text_config(tokens)),
+        text_config=MistralConfig(**text_config(tokens, sliding_window=None)),
         image_token_index=tokens.convert_tokens_to_ids("[IMG]"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -199,7 +199,7 @@ def _mistral3() -> tuple[Any, Any]:
     tokens, processor, vision = _pixtral_parts(patch=14, merge=2)
     config = Mistral3Config(
         vision_config=vision,
-        text_config=MistralConfig(**text_config(tokens)),
+        text_config=MistralConfig(**text_config(tokens, sliding_window=None)),
         image_token_index=tokens.convert_tokens_to_ids("[IMG]"),
         tie_word_embeddings=False,
     )
@@ -277,7 +277,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen3_vl": _qwen3_vl,
     "llava": _llava,
     "llava_next": lambda: _llava_next(LlamaConfig),
-    "llava_next_mistral": lambda: _llava_next(MistralConfig),
+    "llava_next_mistral": lambda: _llava_next(MistralConfig, sliding_window=None),
     "internvl3": lambda: first.tiny("internvl", hidden=HIDDEN, kv_heads=1, text="qwen2"),
     "internvl3_5": lambda: first.tiny("internvl", hidden=HIDDEN, kv_heads=1, text="qwen3"),
     "pixtral": _pixtral,

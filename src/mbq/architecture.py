@@ -50,6 +50,8 @@ class Architecture:
     fused_qkv       the group "qkv" is one fused linear with interleaved rows (InternLM2's wqkv)
     fused_gate_up   "gate_up" is one fused linear, whose rows are the gate's first (GLM's gate_up_proj)
     norm_offset     what the blocks' norms add to their weight before they multiply by it (Gemma: 1)
+    packs           the decoder needs no more than embeddings, positions and a mask, so that `mbq evaluate` may pack
+                    questions about one picture; not where the model adds to hidden states, or lets pictures see ahead
     """
 
     model_class: str
@@ -65,6 +67,7 @@ class Architecture:
     fused_qkv: bool = False
     fused_gate_up: bool = False
     norm_offset: float = 0.0
+    packs: bool = False
 
     def group_linears(self) -> tuple[str, ...]:
         """Paths inside a block of every linear that a group names."""
@@ -232,6 +235,7 @@ def _match_structure(model: nn.Module) -> Architecture:
         projector=None,
         kept=tuple(_pattern(part, quantized) for part in parts),
         vision_tokens=VISION_TOKENS,
+        packs=False,
     )
 
 

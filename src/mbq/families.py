@@ -96,6 +96,7 @@ LLAVA_ONEVISION = Architecture(
     projector="model.multi_modal_projector",
     kept=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
     vision_tokens=VISION_TOKENS,
+    packs=True,
 )
 
 # The same names.
@@ -117,6 +118,7 @@ QWEN2_VL = Architecture(
     projector="model.visual.merger",
     kept=("lm_head", "re:.*visual.*"),
     vision_tokens=VISION_TOKENS,
+    packs=True,
 )
 
 GEMMA3 = replace(
@@ -125,11 +127,12 @@ GEMMA3 = replace(
     models="Gemma 3",
     groups=GEMMA3_GROUPS,
     norm_offset=1.0,
+    packs=False,
 )
 
 QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration", models="Qwen2.5-VL")
 # Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
-QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)")
+QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)", packs=False)
 
 GLM4V = replace(
     QWEN2_VL,
@@ -150,6 +153,7 @@ IDEFICS3 = Architecture(
     projector="model.connector",
     kept=("lm_head", "re:.*vision_model.*", "re:.*connector.*"),
     vision_tokens=VISION_TOKENS,
+    packs=True,
 )
 SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration", models="SmolVLM, SmolVLM2")
 
