@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     Gemma3Config,
@@ -38,6 +42,7 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    OPTConfig,
     PixtralImageProcessor,
     PixtralProcessor,
     PixtralVisionConfig,
@@ -57,6 +62,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
+from mbq.blip2 import adapt
 from tests import tiny as first
 from tests.tiny import CHATML_TEMPLATE, QWEN2_VL_TEMPLATE, QWEN_IDS, randomize, tokenizer
 
@@ -272,6 +278,33 @@ def _glm4v() -> tuple[Any, Any]:
     return Glm4vForConditionalGeneration(config), processor
 
 
+def _blip2() -> tuple[Any, Any]:
+    """Blocks are as wide as ever; four queries look at a picture."""
+    tokens = tokenizer(["<image>"])
+    side = {"height": 56, "width": 56}
+    processor = Blip2Processor(BlipImageProcessor(size=side), tokens, num_query_tokens=4)
+    adapt(processor)
+    config = Blip2Config(
+        vision_config=_vision(),
+        qformer_config=_vision(cross_attention_frequency=1),
+        text_config=OPTConfig(
+            vocab_size=len(tokens),
+            hidden_size=HIDDEN,
+            word_embed_proj_dim=HIDDEN,
+            ffn_dim=2 * HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            dropout=0.0,
+            bos_token_id=tokens.eos_token_id,
+            eos_token_id=tokens.eos_token_id,
+            pad_token_id=tokens.pad_token_id,
+        ),
+        num_query_tokens=4,
+        image_token_index=tokens.convert_tokens_to_ids("<image>"),
+    )
+    return Blip2ForConditionalGeneration(config), processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
@@ -284,6 +317,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "mistral3": _mistral3,
     "gemma3": _gemma3,
     "glm4v": _glm4v,
+    "blip2": _blip2,
     "idefics3": lambda: _idefics3(Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": lambda: _idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration),
 }

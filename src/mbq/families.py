@@ -42,6 +42,16 @@ INTERNLM2_GROUPS = (
     LinearGroup("down", "feed_forward.w3", ("feed_forward.w2",), "feed_forward.w2", "mlp"),
 )
 
+# OPT has no module around its MLP, and a ReLU, through which factors pass.
+OPT_GROUPS = (
+    LinearGroup(
+        "qkv", "self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn", "attn"
+    ),
+    LinearGroup("o", "self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj", "attn"),
+    LinearGroup("gate_up", "final_layer_norm", ("fc1",), "fc1", "mlp"),
+    LinearGroup("down", "fc1", ("fc2",), "fc2", "mlp"),
+)
+
 # The blocks of vision towers at their two norms, which is where SmoothQuant works (vision_tower.py).
 SIGLIP_GROUPS = (  # CLIP too
     LinearGroup(
@@ -67,6 +77,10 @@ QWEN3_VISION_GROUPS = (
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.linear_fc1",), "mlp", "mlp"),
 )
+BLIP2_VISION_GROUPS = (
+    LinearGroup("qkv", "layer_norm1", ("self_attn.qkv",), "self_attn", "attn"),
+    LinearGroup("fc1", "layer_norm2", ("mlp.fc1",), "mlp", "mlp"),
+)
 PIXTRAL_GROUPS = (
     LinearGroup(
         "qkv", "attention_norm", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention", "attn"
@@ -79,6 +93,7 @@ VISION_GROUPS = (
     FUSED_VISION_GROUPS,
     QWEN2_5_VISION_GROUPS,
     QWEN3_VISION_GROUPS,
+    BLIP2_VISION_GROUPS,
     PIXTRAL_GROUPS,
 )
 
@@ -157,6 +172,19 @@ IDEFICS3 = Architecture(
 )
 SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration", models="SmolVLM, SmolVLM2")
 
+BLIP2 = Architecture(
+    model_class="Blip2ForConditionalGeneration",
+    models="BLIP-2 (OPT)",
+    blocks="language_model.model.decoder.layers",
+    groups=OPT_GROUPS,
+    attn_output="self_attn.out_proj",
+    mlp_output="fc2",
+    vision_tower="vision_model",
+    projector="qformer",
+    kept=(r"re:.*language_model\.lm_head$", "re:.*vision_model.*", "re:.*qformer.*", "re:.*language_projection.*"),
+    vision_tokens=VISION_TOKENS,
+)
+
 # The original InternVL2 folders, which bring their own code (--trust-remote-code).
 INTERNVL_CHAT_INTERNLM2 = Architecture(
     model_class="InternVLChatModel",
@@ -198,6 +226,7 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "Glm4vForConditionalGeneration": (GLM4V,),
     "Idefics3ForConditionalGeneration": (IDEFICS3,),
     "SmolVLMForConditionalGeneration": (SMOLVLM,),
+    "Blip2ForConditionalGeneration": (BLIP2,),
 }
 
 # Those with a trained model in models/; the tests run the others on random weights alone.

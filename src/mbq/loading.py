@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    Blip2Processor,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -25,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import cached_file
 
-from mbq import internvl_chat
+from mbq import blip2, internvl_chat
 from mbq.errors import MBQError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -87,6 +88,8 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise _not_loaded(f"The processor of {path}", error) from error
+    if isinstance(processor, Blip2Processor):
+        blip2.adapt(processor)
     if getattr(processor, "image_processor", None) is None:
         raise MBQError(f"{path} has no image processor; add its preprocessor_config.json or processor_config.json.")
     if not processor.chat_template:

@@ -141,7 +141,8 @@ def token_gradients(
             with placed(binding, index) as block:
                 for number, (states, call) in enumerate(zip(inputs.pop(), calls[index], strict=True)):
                     before, parts = _block_gradients(binding, block, states, call, passed[number])
-                    found[number][index] = torch.stack([part.float().abs().mean(-1).cpu() for part in parts]) / scale
+                    means = [part.float().abs().mean(-1).view(states.shape[:-1]).cpu() for part in parts]
+                    found[number][index] = torch.stack(means) / scale
                     passed[number] = kept(before, storage)
             if progress is not None:
                 progress(len(binding.blocks) - index)
