@@ -111,8 +111,7 @@ def test_two_candidates_are_refused() -> None:
         bind(model)
     for part in (
         "TwoTowers",
-        "Qwen2VLForConditionalGeneration",
-        "InternVLChatModel",
+        "mbq families",
         "self_attn.q_proj",
         "attention.wqkv",
     ):

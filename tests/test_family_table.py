@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     Ovis2Config,
     Ovis2ForConditionalGeneration,
@@ -24,7 +25,7 @@ from mbq import architecture, families
 from mbq.architecture import bind
 from mbq.cli import app
 from mbq.errors import MBQError
-from mbq.families import FAMILIES, TRAINED
+from mbq.families import FAMILIES, REFUSED, TRAINED
 from mbq.family_table import family_rows, markdown_table
 from tests.chats import row
 from tests.tiny import ALL_FAMILY_NAMES, inputs, randomize, tokenizer
@@ -42,9 +43,35 @@ def test_the_page_shows_the_table() -> None:
 
 def test_the_command_names_every_class() -> None:
     printed = CliRunner().invoke(app, ["families"], env={"COLUMNS": "200"}).stdout
-    assert all(name in printed for name in FAMILIES)
+    assert all(name in printed for name in (*FAMILIES, *REFUSED))
     assert "q k v, o, gate up, down" in printed
     assert all(all(cell for cell in cells) for cells in family_rows())
+
+
+EVIDENCE = {  # what a class must hold for its reason to be true: paths in a block
+    "experts": ("mlp.experts.gate_up_proj", "feed_forward.experts.gate_up_proj"),
+    "delta": ("linear_attn.in_proj_qkv.weight",),
+    "convolutions": ("conv.in_proj.weight",),
+    "cross-attention": ("cross_attn.k_proj.weight",),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_has_what_the_sentence_says(name: str, tmp_path: Path) -> None:
+    config = getattr(transformers, name.replace("ForConditionalGeneration", "Config"))()
+    if name.startswith("Lfm2"):  # whose default has attentions alone, unlike what is published
+        config.text_config.layer_types[0] = "conv"
+    with torch.device("meta"):
+        model = getattr(transformers, name)(config)
+    (reason,) = (word for word in EVIDENCE if word in REFUSED[name])
+    names = [parameter for parameter, _ in model.named_parameters()]
+    assert any(parameter.endswith(path) for parameter in names for path in EVIDENCE[reason])
+    with pytest.raises(MBQError, match=f"{name} has {REFUSED[name]}, which mbq does not quantize yet; choose"):
+        bind(model)
+    config.architectures = [name]
+    config.save_pretrained(tmp_path)  # no weights: it is refused before they are looked for
+    with pytest.raises(MBQError, match=f"{name} has .* does not quantize yet"):
+        mbq.quantize(tmp_path, method="rtn")
 
 
 def test_trained_models_are_those_of_the_models_folder() -> None:

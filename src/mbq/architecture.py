@@ -140,12 +140,14 @@ def matches(name: str, pattern: str) -> bool:
 def bind(model: nn.Module) -> Binding:
     """Find the architecture of ``model``: by its class's name, else by the structure of its blocks.
 
-    Raises MBQError if a known class lacks one of its names (a version that renamed them), or if an unknown class
-    has no list of blocks, or more than one, that looks like a known block, with one vision tower beside it.
+    Raises MBQError for a class that is refused, if a known class lacks one of its names (a version that renamed them),
+    or if an unknown class has no list of blocks, or more than one, that looks like a known block, with one vision
+    tower beside it.
     """
     # Imported here because families.py is made of the classes above.
     from mbq.families import FAMILIES
 
+    check_known(type(model).__name__)
     variants = FAMILIES.get(type(model).__name__)
     if variants is None:
         architecture = _match_structure(model)
@@ -160,6 +162,17 @@ def bind(model: nn.Module) -> Binding:
             )
         architecture = fitting[0]
     return _bind(model, architecture)
+
+
+def check_known(model_class: str) -> None:
+    """Raise MBQError for a class that is known not to be one that mbq quantizes."""
+    from mbq.families import REFUSED
+
+    if model_class in REFUSED:
+        raise MBQError(
+            f"{model_class} has {REFUSED[model_class]}, which mbq does not quantize yet; choose a model of a family "
+            "that mbq families prints."
+        )
 
 
 def _bind(model: nn.Module, architecture: Architecture) -> Binding:
@@ -216,11 +229,11 @@ def _match_structure(model: nn.Module) -> Architecture:
     found = [(path, layout) for path, blocks in _lists(model) for layout in layouts if _same_parts(blocks, layout)]
     towers = [] if len(found) != 1 else vision_blocks(model, outside=found[0][0])
     if len(found) != 1 or len(towers) != 1:
-        looked_for = " or ".join(", ".join(layout.group_linears()) for layout in layouts)
+        linears = dict.fromkeys(", ".join(layout.group_linears()) for layout in layouts)
         raise MBQError(
-            f"{type(model).__name__} is no known family ({', '.join(FAMILIES)}), and not clearly like one: looked for "
-            f"one list of blocks with {looked_for}, found {len(found)}, and one vision tower beside it, found "
-            f"{len(towers)}; add it to families.py."
+            f"{type(model).__name__} is no known family (mbq families prints them), and not clearly like one: looked "
+            f"for one list of blocks with {' or '.join(linears)}, found {len(found)}, and one vision tower beside it, "
+            f"found {len(towers)}; add it to families.py."
         )
     (path, layout), tower = found[0], towers[0][0]
     size = len(list(model.get_submodule(path).children()))

@@ -369,12 +369,12 @@ def families_command(
     verbose: Verbose = 0,
 ) -> None:
     """Show which model families mbq knows, and what it does to them."""
-    from mbq.family_table import family_table, markdown_table
+    from mbq.family_table import family_table, markdown_table, refused_lines
 
     if markdown:
         typer.echo(markdown_table())
     else:
-        Console().print(family_table())
+        Console().print(family_table(), refused_lines(), highlight=False)
 
 
 @command

@@ -235,3 +235,16 @@ TRAINED = (
     "InternVLForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
 )
+
+# Known, and not quantized yet: what they have that no group of linears describes.
+_EXPERTS = "the experts of a block in one tensor"
+_DELTA_NET = "gated delta nets in place of most attentions"
+REFUSED = {
+    "Qwen3VLMoeForConditionalGeneration": _EXPERTS,
+    "Glm4vMoeForConditionalGeneration": _EXPERTS,
+    "Llama4ForConditionalGeneration": _EXPERTS,
+    "Qwen3_5ForConditionalGeneration": _DELTA_NET,
+    "Qwen3_5MoeForConditionalGeneration": _EXPERTS,
+    "Lfm2VlForConditionalGeneration": "convolutions in place of most attentions",
+    "MllamaForConditionalGeneration": "no vision tokens: blocks of another kind read pictures by cross-attention",
+}

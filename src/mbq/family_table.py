@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.table import Table
 
 from mbq.architecture import Architecture
-from mbq.families import FAMILIES, TRAINED
+from mbq.families import FAMILIES, REFUSED, TRAINED
 
 COLUMNS = ("models", "class", "kept in 16 bits", "linears searched together", "tested on")
 
@@ -36,8 +38,17 @@ def family_table() -> Table:
 
 
 def markdown_table() -> str:
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *family_rows()]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    """The families, and what is refused."""
+    return f"{_markdown(COLUMNS, family_rows())}\n\n{_markdown(('not quantized', 'has'), list(REFUSED.items()))}"
+
+
+def _markdown(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ("---",) * len(columns), *rows))
+
+
+def refused_lines() -> str:
+    """A sentence for each class that is known and not quantized."""
+    return "\n".join(f"Not quantized: {name}, which has {reason}." for name, reason in REFUSED.items())
 
 
 def _plain(pattern: str) -> str:
