@@ -15,7 +15,7 @@ def fold_everything(binding: Binding) -> None:
     """In place. Vectors are between 0.25 and 4.25, a number for each row of what comes before."""
     architecture, generator = binding.architecture, torch.Generator().manual_seed(1)
     for index in range(len(binding.blocks)):
-        for group in architecture.groups:
+        for group in binding.kinds[index].groups:
             linears = [binding.module(index, path).weight for path in group.linears]
             prev = binding.module(index, group.prev)
             channels = linears[0].shape[1]
@@ -24,7 +24,7 @@ def fold_everything(binding: Binding) -> None:
                 found = value_rows(len(prev.weight), channels, HEAD_DIM, architecture.fused_qkv)
                 assert found is not None
                 sources = found
-            elif architecture.fused_gate_up and group.name == "down":
+            elif group.name in ("down", "out") and len(prev.weight) != channels:  # GLM's gate and up, LFM2's B, C and x
                 sources = channels + sources
             row_vector = torch.rand(len(prev.weight), generator=generator) * 4 + 0.25
             offset = 0.0 if isinstance(prev, nn.Linear) else architecture.norm_offset

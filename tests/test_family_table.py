@@ -51,7 +51,6 @@ def test_the_command_names_every_class() -> None:
 EVIDENCE = {  # what a class must hold for its reason to be true: paths in a block
     "experts": ("mlp.experts.gate_up_proj", "feed_forward.experts.gate_up_proj"),
     "delta": ("linear_attn.in_proj_qkv.weight",),
-    "convolutions": ("conv.in_proj.weight",),
     "cross-attention": ("cross_attn.k_proj.weight",),
 }
 
@@ -59,8 +58,6 @@ EVIDENCE = {  # what a class must hold for its reason to be true: paths in a blo
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_has_what_the_sentence_says(name: str, tmp_path: Path) -> None:
     config = getattr(transformers, name.replace("ForConditionalGeneration", "Config"))()
-    if name.startswith("Lfm2"):  # whose default has attentions alone, unlike what is published
-        config.text_config.layer_types[0] = "conv"
     with torch.device("meta"):
         model = getattr(transformers, name)(config)
     (reason,) = (word for word in EVIDENCE if word in REFUSED[name])

@@ -76,19 +76,18 @@ def test_gradients_of_one_block_at_a_time_are_those_of_the_whole_model(family: s
     model, processor = tiny(family)
     binding = bind(model)
     batches = batches_for(family, binding, processor)
-    paths = (binding.architecture.attn_output, binding.architecture.mlp_output)
     expected = []
     for batch in batches:
         with hooked() as hooks:
             outputs: list[torch.Tensor] = []
-            for index in range(len(binding.blocks)):
-                for path in paths:
+            for index, kind in enumerate(binding.kinds):
+                for path in (kind.attn_output, kind.mlp_output):
                     keep = partial(_keep, outputs)
                     hooks.append(binding.module(index, path).register_forward_hook(keep))
             loss = answer_loss(model(**batch.inputs).logits, batch.labels)
         gradients = torch.autograd.grad(loss, outputs)
         means = torch.cat([gradient.abs().mean(-1).flatten() for gradient in gradients])
-        expected.append(means.view(len(binding.blocks), len(paths), *batch.labels.shape))
+        expected.append(means.view(len(binding.blocks), 2, *batch.labels.shape))
     assert all(bool(each[0][:, batch.vision].any()) for each, batch in zip(expected, batches, strict=True))
     found = token_gradients(binding, batches)
     for mine, whole in zip(found, expected, strict=True):

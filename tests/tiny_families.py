@@ -31,6 +31,11 @@ from transformers import (
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
+    Lfm2Config,
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Lfm2VlImageProcessor,
+    Lfm2VlProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -57,6 +62,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
+    Siglip2VisionConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
@@ -278,6 +284,23 @@ def _glm4v() -> tuple[Any, Any]:
     return Glm4vForConditionalGeneration(config), processor
 
 
+def _lfm2_vl() -> tuple[Any, Any]:
+    """A block with a convolution, and one with attention."""
+    tokens = tokenizer(["<image>", "<|image_start|>", "<|image_end|>", "<|img_thumbnail|>"])
+    images = Lfm2VlImageProcessor(
+        do_image_splitting=False, encoder_patch_size=14, min_image_tokens=4, max_image_tokens=4, tile_size=56
+    )
+    text = text_config(tokens, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    config = Lfm2VlConfig(
+        vision_config=Siglip2VisionConfig(**_vision(patch_size=14, num_patches=16), vision_use_head=False),
+        text_config=Lfm2Config(**text),
+        image_token_id=tokens.convert_tokens_to_ids("<image>"),
+        projector_hidden_size=32,
+        tie_word_embeddings=False,
+    )
+    return Lfm2VlForConditionalGeneration(config), Lfm2VlProcessor(images, tokens, chat_template=template("<image>"))
+
+
 def _blip2() -> tuple[Any, Any]:
     """Blocks are as wide as ever; four queries look at a picture."""
     tokens = tokenizer(["<image>"])
@@ -318,6 +341,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "gemma3": _gemma3,
     "glm4v": _glm4v,
     "blip2": _blip2,
+    "lfm2_vl": _lfm2_vl,
     "idefics3": lambda: _idefics3(Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": lambda: _idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration),
 }

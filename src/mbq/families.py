@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mbq.architecture import Architecture, LinearGroup
+from mbq.architecture import Architecture, BlockKind, LinearGroup
 
 # Qwen2, Llama, Mistral and what is built like them.
 LLAMA_GROUPS = (
@@ -24,7 +24,7 @@ LLAMA_GROUPS = (
 GLM_GROUPS = (
     *LLAMA_GROUPS[:2],
     LinearGroup("gate_up", "post_attention_layernorm", ("mlp.gate_up_proj",), "mlp", "mlp"),
-    LinearGroup("down", "mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj", "mlp"),
+    LinearGroup("down", "mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj", "mlp", section=1),
 )
 
 # So has Gemma 3, where post_attention_layernorm is one of them.
@@ -40,6 +40,28 @@ INTERNLM2_GROUPS = (
     LinearGroup("o", "attention.wqkv", ("attention.wo",), "attention.wo", "attn"),
     LinearGroup("gate_up", "ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "feed_forward", "mlp"),
     LinearGroup("down", "feed_forward.w3", ("feed_forward.w2",), "feed_forward.w2", "mlp"),
+)
+
+# LFM2: w1 is the gate. Its convolutions multiply what they mix by the second third of what in_proj gives.
+_LFM2_MLP = (
+    LinearGroup("gate_up", "ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "feed_forward", "mlp"),
+    LinearGroup("down", "feed_forward.w3", ("feed_forward.w2",), "feed_forward.w2", "mlp"),
+)
+LFM2_GROUPS = (
+    LinearGroup(
+        "qkv", "operator_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn", "attn"
+    ),
+    LinearGroup("o", "self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj", "attn"),
+    *_LFM2_MLP,
+)
+LFM2_CONVOLUTION = BlockKind(
+    groups=(
+        LinearGroup("in", "operator_norm", ("conv.in_proj",), "conv", "attn"),
+        LinearGroup("out", "conv.in_proj", ("conv.out_proj",), "conv.out_proj", "attn", section=1),
+        *_LFM2_MLP,
+    ),
+    attn_output="conv.out_proj",
+    mlp_output="feed_forward.w2",
 )
 
 # OPT has no module around its MLP, and a ReLU, through which factors pass.
@@ -154,7 +176,6 @@ GLM4V = replace(
     model_class="Glm4vForConditionalGeneration",
     models="GLM-4.1V",
     groups=GLM_GROUPS,
-    fused_gate_up=True,
 )
 
 IDEFICS3 = Architecture(
@@ -171,6 +192,20 @@ IDEFICS3 = Architecture(
     packs=True,
 )
 SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration", models="SmolVLM, SmolVLM2")
+
+LFM2_VL = Architecture(
+    model_class="Lfm2VlForConditionalGeneration",
+    models="LFM2-VL",
+    blocks="model.language_model.layers",
+    groups=LFM2_GROUPS,
+    attn_output="self_attn.out_proj",
+    mlp_output="feed_forward.w2",
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    kept=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
+    vision_tokens=VISION_TOKENS,
+    others=(LFM2_CONVOLUTION,),
+)
 
 BLIP2 = Architecture(
     model_class="Blip2ForConditionalGeneration",
@@ -226,6 +261,7 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "Glm4vForConditionalGeneration": (GLM4V,),
     "Idefics3ForConditionalGeneration": (IDEFICS3,),
     "SmolVLMForConditionalGeneration": (SMOLVLM,),
+    "Lfm2VlForConditionalGeneration": (LFM2_VL,),
     "Blip2ForConditionalGeneration": (BLIP2,),
 }
 
@@ -245,6 +281,5 @@ REFUSED = {
     "Llama4ForConditionalGeneration": _EXPERTS,
     "Qwen3_5ForConditionalGeneration": _DELTA_NET,
     "Qwen3_5MoeForConditionalGeneration": _EXPERTS,
-    "Lfm2VlForConditionalGeneration": "convolutions in place of most attentions",
     "MllamaForConditionalGeneration": "no vision tokens: blocks of another kind read pictures by cross-attention",
 }

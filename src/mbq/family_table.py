@@ -57,6 +57,8 @@ def _plain(pattern: str) -> str:
 
 
 def _groups(architecture: Architecture) -> str:
-    """'q k v, o' and so on: the linears of one group side by side."""
-    groups = ((path.rpartition(".")[2].removesuffix("_proj") for path in g.linears) for g in architecture.groups)
-    return ", ".join(" ".join(names) for names in groups)
+    """'q k v, o' and so on: the linears of one group side by side, kinds of blocks apart."""
+    return "; ".join(
+        ", ".join(" ".join(path.rpartition(".")[2].removesuffix("_proj") for path in g.linears) for g in kind.groups)
+        for kind in architecture.kinds
+    )
