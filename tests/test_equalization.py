@@ -188,15 +188,40 @@ class OnePlusNorm(nn.Module):
         self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight.float())
 
 
 def test_a_norm_that_does_not_multiply_by_its_weight_is_refused():
     check_norm(nn.RMSNorm(8), "norm")
     check_norm(nn.LayerNorm(8), "norm")
+    check_norm(OnePlusNorm(8), "norm", offset=1.0)
     for norm in (OnePlusNorm(8), nn.LayerNorm(8, elementwise_affine=False)):
-        with pytest.raises(MBQError, match=r"layers\.0\.norm"):
+        with pytest.raises(MBQError, match=r"layers\.0\.norm .* does not multiply by its weight"):
             check_norm(norm, "layers.0.norm")
+    for norm in (nn.RMSNorm(8), nn.LayerNorm(8)):
+        with pytest.raises(MBQError, match=r"layers\.0\.norm .* does not multiply by 1 plus its weight"):
+            check_norm(norm, "layers.0.norm", offset=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fold_into_a_norm_that_adds_one_keeps_the_function(dtype):
+    """In bfloat16 too, where 1 + w of a small sum is coarse: the linear gets what the sum was really divided by."""
+    torch.manual_seed(0)
+    norm, linear = OnePlusNorm(64).to(dtype), nn.Linear(64, 5, bias=False)  # the linear is not what is rounded here
+    nn.init.normal_(norm.weight, std=0.5)
+    with torch.no_grad():
+        norm.weight[3], norm.weight[4] = -1, 0.5
+    x, vector = torch.randn(11, 64), torch.logspace(-1.5, 1.5, 64)
+    vector[4] = 1e4  # 1.5 / 1e4 - 1 is -1 in bfloat16: that channel stays as it is
+    read, weight = norm(x), linear.weight.clone()
+    before = linear(read)
+    fold(vector, torch.arange(64), list(norm.parameters()), [linear.weight], offset=1.0)
+    torch.testing.assert_close(linear(norm(x)), before, rtol=1e-4, atol=1e-4)
+    assert norm.weight[3] == -1
+    kept = 4 if dtype == torch.bfloat16 else 3
+    assert torch.equal(linear.weight[:, kept], weight[:, kept])
+    others = [channel for channel in range(64) if channel not in (3, 4)]
+    torch.testing.assert_close(norm(x)[:, others], (read / vector)[:, others], rtol=0.1, atol=1e-6)
 
 
 def test_when_language_is_sensitive_mbq_protects_it_better_than_awq():

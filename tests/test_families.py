@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mbq.architecture import bind
-from mbq.equalization import fold, value_rows
 from mbq.families import FAMILIES
+from tests.folding import fold_everything
 from tests.tiny import inputs, tiny
 
 # Every published combination of a class and a language model.
@@ -32,20 +32,7 @@ def test_folding_every_group_leaves_the_logits(family: str, overrides: dict[str,
     given = inputs(processor)
     with torch.no_grad():
         before = model(**given).logits
-    generator = torch.Generator().manual_seed(1)
-    for index in range(len(binding.blocks)):
-        for group in binding.architecture.groups:
-            linears = [binding.module(index, path).weight for path in group.linears]
-            prev = binding.module(index, group.prev)
-            channels = linears[0].shape[1]
-            fused = binding.architecture.fused_qkv
-            sources = torch.arange(channels)
-            if group.name == "o":
-                found = value_rows(len(prev.weight), channels, 32, fused)
-                assert found is not None
-                sources = found
-            row_vector = torch.rand(len(prev.weight), generator=generator) * 4 + 0.25
-            fold(row_vector[sources], sources, list(prev.parameters(recurse=False)), linears)
+    fold_everything(binding)
     with torch.no_grad():
         after = model(**given).logits
     torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3Config,
     SiglipVisionConfig,
 )
 
@@ -75,7 +77,7 @@ LLAVA_ONEVISION_TEMPLATE = r"""{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
-_CHATML_TEMPLATE = r"""{%- for message in messages %}
+CHATML_TEMPLATE = r"""{%- for message in messages %}
 FIRST
 {{- '<|im_start|>' + message['role'] + '\n' }}
 {%- if message['content'] is string %}
@@ -90,8 +92,8 @@ FIRST
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 _SYSTEM = r"""{%- if loop.first and message['role'] != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif %}"""
-INTERNVL_TEMPLATE = _CHATML_TEMPLATE.replace("FIRST\n", "").replace("IMAGE", r"<IMG_CONTEXT>\n")
-QWEN2_VL_TEMPLATE = _CHATML_TEMPLATE.replace("FIRST", _SYSTEM).replace(
+INTERNVL_TEMPLATE = CHATML_TEMPLATE.replace("FIRST\n", "").replace("IMAGE", r"<IMG_CONTEXT>\n")
+QWEN2_VL_TEMPLATE = CHATML_TEMPLATE.replace("FIRST", _SYSTEM).replace(
     "IMAGE", "<|vision_start|><|image_pad|><|vision_end|>"
 )
 
@@ -137,7 +139,9 @@ def inputs(processor: ProcessorMixin, images: int = 1, answer: str | None = None
     return processor(text=[text], images=pictures, return_tensors="pt", padding=True)
 
 
-def _text(config_class: type, *, hidden: int, kv_heads: int, blocks: int, tokens: Any, **more: Any) -> Any:
+def _text(
+    config_class: Callable[..., Any], *, hidden: int, kv_heads: int, blocks: int, tokens: Any, **more: Any
+) -> Any:
     return config_class(
         vocab_size=len(tokens),
         hidden_size=hidden,
@@ -254,7 +258,7 @@ def _qwen2_vl(hidden: int, kv_heads: int, blocks: int, tied: bool, text: str) ->
         "eos_token_id": tokens.eos_token_id,
         "pad_token_id": tokens.pad_token_id,
     }
-    ids = {name: tokens.convert_tokens_to_ids(token) for name, token in zip(_QWEN_IDS, special, strict=True)}
+    ids = {name: tokens.convert_tokens_to_ids(token) for name, token in zip(QWEN_IDS, special, strict=True)}
     config = Qwen2VLConfig(
         text_config=text_config,
         vision_config={"depth": 2, "embed_dim": 64, "hidden_size": hidden, "num_heads": 2, "mlp_ratio": 2},
@@ -264,7 +268,7 @@ def _qwen2_vl(hidden: int, kv_heads: int, blocks: int, tied: bool, text: str) ->
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-_QWEN_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+QWEN_IDS = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
 
 
 def _internvl2(hidden: int, kv_heads: int, blocks: int, tied: bool, text: str) -> tuple[Any, Any]:
@@ -314,8 +318,8 @@ _INTERNVL2_TEXT = {
 }
 
 
-def _backbone(text: str) -> type:
-    return {"qwen2": Qwen2Config, "llama": LlamaConfig}[text]
+def _backbone(text: str) -> Callable[..., Any]:
+    return {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": partial(Qwen3Config, head_dim=32)}[text]
 
 
 _BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {

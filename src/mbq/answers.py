@@ -65,12 +65,15 @@ def answer_tokens(
     tokenizer = processor.tokenizer
     ends = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     mask = torch.zeros(len(ids), dtype=torch.bool)
-    for (start, stop), (low, high) in _matched(text, vision, getattr(processor, "image_token", None), where):
+    after = 0  # tokens that texts with answers have taken
+    for (start, stop), gaps in _matched(text, vision, getattr(processor, "image_token", None), where):
         inside = [(first - start, last - start) for first, last in spans if start <= first and last <= stop]
         if not inside:
             continue
         piece, ranges = _token_ranges(tokenizer, text[start:stop], inside, where)
-        shift = _shift(piece, ids[low:high], ranges[0][0])
+        left = [(low, high) for low, high in gaps if low >= after]
+        shifts = ((low, high, _shift(piece, ids[low:high], (ranges[0][0], ranges[-1][1] + 1))) for low, high in left)
+        low, after, shift = next((each for each in shifts if each[2] is not None), (0, 0, None))
         if shift is None:
             raise MBQError(
                 f"{where}: the tokenizer and the model's processor cut the answer into different tokens; "
@@ -83,15 +86,22 @@ def answer_tokens(
     return mask
 
 
-def _matched(text: str, vision: list[bool], image_token: str | None, where: str) -> list[tuple[Span, Span]]:
-    """The texts between images: their characters in ``text`` and their tokens in ``ids``, pairwise."""
+def _matched(text: str, vision: list[bool], image_token: str | None, where: str) -> list[tuple[Span, list[Span]]]:
+    """The texts between images: their characters in ``text``, and where in ``ids`` their tokens may be.
+
+    That is one place, but where a processor writes other tokens into an image (between its rows or tiles): then a text
+    between two images has several, the one before the first image or behind the last still one.
+    """
     tokens = _gaps([match.span() for match in re.finditer("1+", "".join("01"[is_vision] for is_vision in vision))])
     tokens = [(low, len(vision) if high is None else high) for low, high in tokens]
-    for pattern in (r"(?:{})", r"(?:{})+"):  # images side by side: one run of vision tokens, or several
+    for pattern in (r"(?:{})+", r"(?:{})"):  # images side by side: one run of vision tokens, or several
         images = re.finditer(pattern.format(re.escape(image_token)), text) if image_token else iter(())
-        characters = _gaps([match.span() for match in images])
+        characters = [(start, len(text) if stop is None else stop) for start, stop in _gaps([m.span() for m in images])]
         if len(characters) == len(tokens):
-            return [((a, len(text) if b is None else b), c) for (a, b), c in zip(characters, tokens, strict=True)]
+            return [(each, [place]) for each, place in zip(characters, tokens, strict=True)]
+    if 1 < len(characters) < len(tokens):
+        first, *between, last = characters
+        return [(first, tokens[:1]), *((each, tokens[1:-1]) for each in between), (last, tokens[-1:])]
     raise MBQError(
         f"{where}: the chat template wrote {len(characters) - 1} images but the model sees {len(tokens) - 1}; "
         "check the row's image markers and that the template and the processor belong to the model."
@@ -129,11 +139,18 @@ def _token_ranges(tokenizer: Any, piece: str, spans: list[Span], where: str) -> 
     return ids, ranges
 
 
-def _shift(piece: list[int], segment: list[int], first: int) -> int | None:
-    """Where ``piece`` from token ``first`` on stands in ``segment``, which may start otherwise and end in <img>."""
+def _shift(piece: list[int], segment: list[int], answers: Span) -> int | None:
+    """Where ``piece`` stands in ``segment``, which may start otherwise and end in what begins an image (<img>).
+
+    From its first answer on it must be the same to its end; or, where a processor writes text before an image that
+    merges with what stands there (Gemma 3's line breaks), its ``answers`` and all between them must occur once.
+    """
+    first, stop = answers
     for trail in range(_LONGEST_TRAIL):
         shift = len(segment) - trail - len(piece)
-        stop = shift + len(piece)
-        if shift + first >= 0 and segment[shift + first : stop] == piece[first:]:
+        end = shift + len(piece)
+        if shift + first >= 0 and segment[shift + first : end] == piece[first:]:
             return shift
-    return None
+    wanted = piece[first:stop]
+    found = [at for at in range(len(segment) - len(wanted) + 1) if segment[at : at + len(wanted)] == wanted]
+    return found[0] - first if len(found) == 1 else None

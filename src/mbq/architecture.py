@@ -18,11 +18,13 @@ from mbq.errors import MBQError
 class LinearGroup:
     """Linears of one block that read the same input. Names are paths inside the block ("self_attn.q_proj").
 
-    name     "qkv", "o", "gate_up" or "down": the key in search.json
+    name     "qkv", "o", "gate_up" or "down", in convolutions "in" or "out": the key in search.json
     prev     what is folded into: the norm, or the linear whose output rows are this group's input channels
     linears  the linears that read the input
     inspect  the module whose output the search compares (arXiv 2412.19509); "" is the block
     part     "attn" or "mlp": whose sensitivity weighs the loss
+    section  where prev makes several times as many rows as the group has channels, one after the other (GLM's
+             gate_up_proj: the gate's, then up's), the number of those that are the group's channels times something
     """
 
     name: str
@@ -30,6 +32,25 @@ class LinearGroup:
     linears: tuple[str, ...]
     inspect: str
     part: str
+    section: int | None = None
+
+
+@dataclass(frozen=True)
+class BlockKind:
+    """What a decoder block holds, as names; the fields are those of ``Architecture``."""
+
+    groups: tuple[LinearGroup, ...]
+    attn_output: str
+    mlp_output: str
+
+    def linears(self) -> tuple[str, ...]:
+        """Paths inside a block of every linear that a group names."""
+        return tuple(path for group in self.groups for path in group.linears)
+
+    def paths(self) -> tuple[str, ...]:
+        """Every path that is named."""
+        named = [path for group in self.groups for path in (group.prev, group.inspect, *group.linears)]
+        return tuple(dict.fromkeys([*named, self.attn_output, self.mlp_output]))
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,7 @@ class Architecture:
     """One model class as names; ``bind`` checks that every one of them exists.
 
     model_class     class name of the model, as in config.json's ``architectures``
+    models          what is published with it, for tables
     blocks          path of the ModuleList of decoder blocks, from the model
     groups          the groups of a block, in the order of the forward pass
     attn_output     path in a block of the linear whose output carries the attention sensitivity (o_proj)
@@ -47,9 +69,14 @@ class Architecture:
                     ``ignore``: exact names, or "re:" expressions that match module names and checkpoint names alike
     vision_tokens   attributes of the config (or the model) that hold the ids of vision tokens ("image_token_id")
     fused_qkv       the group "qkv" is one fused linear with interleaved rows (InternLM2's wqkv)
+    norm_offset     what the blocks' norms add to their weight before they multiply by it (Gemma: 1)
+    others          further kinds of blocks in the same list (LFM2's convolutions)
+    packs           the decoder needs no more than embeddings, positions and a mask, so that `mbq evaluate` may pack
+                    questions about one picture; not where the model adds to hidden states, or lets pictures see ahead
     """
 
     model_class: str
+    models: str
     blocks: str
     groups: tuple[LinearGroup, ...]
     attn_output: str
@@ -59,16 +86,21 @@ class Architecture:
     kept: tuple[str, ...]
     vision_tokens: tuple[str, ...]
     fused_qkv: bool = False
+    norm_offset: float = 0.0
+    others: tuple[BlockKind, ...] = ()
+    packs: bool = False
 
-    def group_linears(self) -> tuple[str, ...]:
-        """Paths inside a block of every linear that a group names."""
-        return tuple(path for group in self.groups for path in group.linears)
+    @property
+    def kinds(self) -> tuple[BlockKind, ...]:
+        """The kinds of blocks, the one that the fields of the architecture describe first."""
+        return (BlockKind(self.groups, self.attn_output, self.mlp_output), *self.others)
 
 
 @dataclass(frozen=True)
 class Binding:
     """A model and the architecture that describes it; every name in here exists.
 
+    kinds           of each block
     vision_tokens   ids of the image and video tokens
     names           full paths of the linears that are quantized, block by block
     kept            full paths of the linears that stay 16-bit
@@ -77,6 +109,7 @@ class Binding:
     architecture: Architecture
     model: nn.Module
     blocks: nn.ModuleList
+    kinds: tuple[BlockKind, ...]
     vision_tokens: frozenset[int]
     names: tuple[str, ...]
     kept: tuple[str, ...]
@@ -131,12 +164,14 @@ def matches(name: str, pattern: str) -> bool:
 def bind(model: nn.Module) -> Binding:
     """Find the architecture of ``model``: by its class's name, else by the structure of its blocks.
 
-    Raises MBQError if a known class lacks one of its names (a version that renamed them), or if an unknown class
-    has no list of blocks, or more than one, that looks like a known block, with one vision tower beside it.
+    Raises MBQError for a class that is refused, if a known class lacks one of its names (a version that renamed them),
+    or if an unknown class has no list of blocks, or more than one, that looks like a known block, with one vision
+    tower beside it.
     """
     # Imported here because families.py is made of the classes above.
     from mbq.families import FAMILIES
 
+    check_known(type(model).__name__)
     variants = FAMILIES.get(type(model).__name__)
     if variants is None:
         architecture = _match_structure(model)
@@ -153,11 +188,22 @@ def bind(model: nn.Module) -> Binding:
     return _bind(model, architecture)
 
 
+def check_known(model_class: str) -> None:
+    """Raise MBQError for a class that is known not to be one that mbq quantizes."""
+    from mbq.families import REFUSED
+
+    if model_class in REFUSED:
+        raise MBQError(
+            f"{model_class} has {REFUSED[model_class]}, which mbq does not quantize yet; choose a model of a family "
+            "that mbq families prints."
+        )
+
+
 def _bind(model: nn.Module, architecture: Architecture) -> Binding:
     blocks = model.get_submodule(architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
-    paths = architecture.group_linears()
-    names = tuple(f"{architecture.blocks}.{i}.{path}" for i in range(len(blocks)) for path in paths)
+    kinds = tuple(_kind(block, architecture) for block in blocks)
+    names = tuple(f"{architecture.blocks}.{i}.{path}" for i, kind in enumerate(kinds) for path in kind.linears())
     quantized = set(names)
     kept = tuple(name for name in _linear_names(model) if name not in quantized)
     for name in kept:
@@ -168,7 +214,7 @@ def _bind(model: nn.Module, architecture: Architecture) -> Binding:
                 f"{type(model).__name__} holds the linear {name}, which families.py neither quantizes nor keeps; "
                 "add it to a group, or to `kept`."
             )
-    return Binding(architecture, model, blocks, _vision_tokens(model, architecture), names, kept)
+    return Binding(architecture, model, blocks, kinds, _vision_tokens(model, architecture), names, kept)
 
 
 def _vision_tokens(model: nn.Module, architecture: Architecture) -> frozenset[int]:
@@ -190,41 +236,49 @@ def _missing(model: nn.Module, architecture: Architecture) -> list[str]:
     if architecture.blocks in missing:
         return missing
     for i, block in enumerate(model.get_submodule(architecture.blocks).children()):
-        missing += [f"{architecture.blocks}.{i}.{path}" for path in _paths(architecture) if not _has(block, path)]
+        lacking = _lacking(block, _kind(block, architecture))
+        missing += [f"{architecture.blocks}.{i}.{path}" for path in lacking]
     return missing
 
 
-def _paths(architecture: Architecture) -> list[str]:
-    named = [path for g in architecture.groups for path in (g.prev, g.inspect, *g.linears)]
-    return list(dict.fromkeys([*named, architecture.attn_output, architecture.mlp_output]))
+def _kind(block: nn.Module, architecture: Architecture) -> BlockKind:
+    """The kind of block that it is, or is nearest to."""
+    return min(architecture.kinds, key=lambda kind: len(_lacking(block, kind)))
+
+
+def _lacking(block: nn.Module, kind: BlockKind) -> list[str]:
+    return [path for path in kind.paths() if not _has(block, path)]
 
 
 def _match_structure(model: nn.Module) -> Architecture:
     """The architecture of an unknown class whose blocks have exactly the parts of a known block."""
     from mbq.families import FAMILIES, VISION_TOKENS
 
-    layouts = {variant.groups: variant for variants in FAMILIES.values() for variant in variants}.values()
+    known = (variant for variants in FAMILIES.values() for variant in variants if not variant.others)
+    layouts = {variant.groups: variant for variant in known}.values()
     found = [(path, layout) for path, blocks in _lists(model) for layout in layouts if _same_parts(blocks, layout)]
     towers = [] if len(found) != 1 else vision_blocks(model, outside=found[0][0])
     if len(found) != 1 or len(towers) != 1:
-        looked_for = " or ".join(", ".join(layout.group_linears()) for layout in layouts)
+        linears = dict.fromkeys(", ".join(layout.kinds[0].linears()) for layout in layouts)
         raise MBQError(
-            f"{type(model).__name__} is no known family ({', '.join(FAMILIES)}), and not clearly like one: looked for "
-            f"one list of blocks with {looked_for}, found {len(found)}, and one vision tower beside it, found "
-            f"{len(towers)}; add it to families.py."
+            f"{type(model).__name__} is no known family (mbq families prints them), and not clearly like one: looked "
+            f"for one list of blocks with {' or '.join(linears)}, found {len(found)}, and one vision tower beside it, "
+            f"found {len(towers)}; add it to families.py."
         )
     (path, layout), tower = found[0], towers[0][0]
     size = len(list(model.get_submodule(path).children()))
-    quantized = {f"{path}.{i}.{name}" for i in range(size) for name in layout.group_linears()}
+    quantized = {f"{path}.{i}.{name}" for i in range(size) for name in layout.kinds[0].linears()}
     parts = dict.fromkeys(_part(name, path) for name in _linear_names(model) if name not in quantized)
     return replace(
         layout,
         model_class=type(model).__name__,
+        models="",
         blocks=path,
         vision_tower=_part(tower, path),
         projector=None,
         kept=tuple(_pattern(part, quantized) for part in parts),
         vision_tokens=VISION_TOKENS,
+        packs=False,
     )
 
 

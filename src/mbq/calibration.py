@@ -181,8 +181,9 @@ def collate(samples: Sequence[CalibrationBatch], pad_token_id: int) -> Calibrati
             # A text-only row may lack mm_token_type_ids, where 0 is text.
             rows = [sample.inputs.get(key, torch.zeros_like(sample.labels)) for sample in samples]
             values = [_padded(value, longest, fill) for value in rows]
-        elif values[0].ndim > 1:  # LLaVA-OneVision: pictures of fewer tiles are filled up with tiles of zeros
-            values = [_padded(value, max(value.shape[1] for value in values), 0) for value in values]
+        else:  # pictures of fewer tiles (LLaVA-OneVision) or pixels (Pixtral) than the largest are filled up with zeros
+            largest = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+            values = [_filled(value, largest) for value in values]
         inputs[key] = torch.cat(values)
     return CalibrationBatch(
         inputs,
@@ -194,6 +195,14 @@ def collate(samples: Sequence[CalibrationBatch], pad_token_id: int) -> Calibrati
 def _padded(value: torch.Tensor, length: int, fill: int) -> torch.Tensor:
     wider = value.new_full((value.shape[0], length, *value.shape[2:]), fill)
     wider[:, : value.shape[1]] = value
+    return wider
+
+
+def _filled(value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """``value`` [picture, ...] at the start of zeros [picture, *shape]."""
+    wider = value.new_zeros(len(value), *shape)
+    place = (slice(None), *(slice(size) for size in value.shape[1:]))
+    wider[place] = value
     return wider
 
 

@@ -428,6 +428,20 @@ def doctor_command(verbose: Verbose = 0) -> None:
 
 
 @command
+def families_command(
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/families.md.")] = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Show which model families mbq knows, and what it does to them."""
+    from mbq.family_table import family_table, markdown_table, refused_lines
+
+    if markdown:
+        typer.echo(markdown_table())
+    else:
+        Console().print(family_table(), refused_lines(), highlight=False)
+
+
+@command
 def bench_command(
     model: Annotated[
         str | None,

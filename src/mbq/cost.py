@@ -74,7 +74,7 @@ def cost_of(binding: Binding, lengths: Lengths, recipe: Recipe, packed: int) -> 
 
 
 class Shapes:
-    """Widths of a model whose blocks are alike.
+    """Widths of a model whose blocks are alike; those of another kind (convolutions) count as attentions.
 
     itemsize   bytes of a number
     blocks     how many
@@ -90,13 +90,14 @@ class Shapes:
 
     def __init__(self, binding: Binding) -> None:
         architecture = binding.architecture
-        weights = {path: binding.module(0, path).get_parameter("weight") for path in architecture.group_linears()}
+        usual, first = architecture.kinds[0], binding.kinds.index(architecture.kinds[0])
+        weights = {path: binding.module(first, path).get_parameter("weight") for path in usual.linears()}
         self.sizes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
         self.itemsize = weights[architecture.attn_output].itemsize
         self.blocks, self.groups = len(binding.blocks), architecture.groups
         self.hidden, self.attention = self.sizes[architecture.attn_output]
         self.intermediate = self.sizes[architecture.mlp_output][1]
-        holder: Any = binding.module(0, architecture.attn_output.rpartition(".")[0])
+        holder: Any = binding.module(first, architecture.attn_output.rpartition(".")[0])
         self.head_dim = int(getattr(holder, "head_dim", self.attention))
         kept = [binding.model.get_submodule(name).get_parameter("weight").shape for name in binding.kept]
         self.head = max(((shape[0], shape[1]) for shape in kept), key=lambda shape: shape[0])
@@ -113,9 +114,7 @@ class Shapes:
         return [
             group
             for group in self.groups
-            if recipe.gqa_fold
-            or group.prev not in self.sizes
-            or self.sizes[group.prev][0] == self.sizes[group.linears[0]][1]
+            if recipe.gqa_fold or group.name != "o" or self.sizes[group.prev][0] == self.sizes[group.linears[0]][1]
         ]
 
 

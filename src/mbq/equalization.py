@@ -203,7 +203,11 @@ def shared_mean(values: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fold(
-    vector: torch.Tensor, sources: torch.Tensor, before: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+    vector: torch.Tensor,
+    sources: torch.Tensor,
+    before: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    offset: float = 0.0,
 ) -> None:
     """Divide what makes the channels by E and multiply the columns that read them by it, in place.
 
@@ -211,9 +215,13 @@ def fold(
     sources  [channel]: the row behind each channel; rows that make no channel stay
     before   weight [row] of a norm, or [row, in] of a linear, and the bias [row] if there is one
     weights  [out, channel] of the linears that read the channels
+    offset   what the norm adds to its weight before it multiplies (Gemma's: 1)
     """
     divisor = torch.ones(len(before[0]), device=vector.device)
     divisor[sources.to(vector.device)] = vector
+    if offset:
+        divisor = _divide_sum(before[0], divisor.to(before[0].device), offset).to(vector.device)
+        before, vector = before[1:], divisor[sources.to(vector.device)]
     for parameter in before:
         rows = divisor.to(parameter.device).view(-1, *[1] * (parameter.ndim - 1))
         parameter.copy_(parameter.float() / rows)
@@ -221,16 +229,32 @@ def fold(
         weight.copy_(weight.float() * vector.to(weight.device))
 
 
+def _divide_sum(weight: torch.Tensor, divisor: torch.Tensor, offset: float) -> torch.Tensor:
+    """Divide ``offset`` + ``weight``, in place; returns [row] what it was divided by, in the weight's dtype.
+
+    Near -``offset`` a weight of 16 bits is coarser than its sum: -0.97 + 1 may be wrong by 7 %. Rows whose sum is 0, or
+    would become it, stay.
+    """
+    total = weight.double() + offset
+    rounded = (total / divisor - offset).to(weight.dtype)
+    left = rounded.double() + offset
+    divides = (total != 0) & (left != 0)
+    weight.copy_(torch.where(divides, rounded, weight))
+    return torch.where(divides, total / left, 1.0).float()
+
+
 @torch.no_grad()
-def check_norm(norm: nn.Module, name: str) -> None:
-    """Raise MBQError unless the norm's output is proportional to its weight (Gemma's is to 1 + weight)."""
+def check_norm(norm: nn.Module, name: str, offset: float = 0.0) -> None:
+    """Raise MBQError unless the norm's output is proportional to ``offset`` + its weight (Gemma's offset is 1)."""
     weight = getattr(norm, "weight", None)
     if isinstance(weight, torch.Tensor) and weight.ndim == 1:
-        zeros = {path: torch.zeros_like(parameter) for path, parameter in norm.named_parameters()}
+        nothing = {path: torch.zeros_like(parameter) for path, parameter in norm.named_parameters()}
+        nothing["weight"] -= offset
         probe = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
-        if not bool(torch.func.functional_call(norm, zeros, (probe,)).any()):
+        if not bool(torch.func.functional_call(norm, nothing, (probe,)).any()):
             return
+    what = f"{offset:g} plus its weight" if offset else "its weight"
     raise MBQError(
-        f"{name} ({type(norm).__name__}) does not multiply by its weight, so nothing can be folded into it; "
+        f"{name} ({type(norm).__name__}) does not multiply by {what}, so nothing can be folded into it; "
         "use --method rtn for this model."
     )

@@ -1,4 +1,4 @@
-"""Data only: model class -> its architectures. Add a family by adding an entry here and a tiny model in tests/tiny.py.
+"""Data only: model class -> its architectures. docs/families.md says how to add one.
 
 A class with several language models has one architecture for each; ``mbq.architecture.bind`` takes the one whose names
 exist. A class without an entry is matched by the structure of its blocks.
@@ -6,7 +6,9 @@ exist. A class without an entry is matched by the structure of its blocks.
 
 from __future__ import annotations
 
-from mbq.architecture import Architecture, LinearGroup
+from dataclasses import replace
+
+from mbq.architecture import Architecture, BlockKind, LinearGroup
 
 # Qwen2, Llama, Mistral and what is built like them.
 LLAMA_GROUPS = (
@@ -18,12 +20,58 @@ LLAMA_GROUPS = (
     LinearGroup("down", "mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj", "mlp"),
 )
 
+# GLM-4.1V has more norms, behind attention and MLP, into which nothing is folded.
+GLM_GROUPS = (
+    *LLAMA_GROUPS[:2],
+    LinearGroup("gate_up", "post_attention_layernorm", ("mlp.gate_up_proj",), "mlp", "mlp"),
+    LinearGroup("down", "mlp.gate_up_proj", ("mlp.down_proj",), "mlp.down_proj", "mlp", section=1),
+)
+
+# So has Gemma 3, where post_attention_layernorm is one of them.
+GEMMA3_GROUPS = (
+    *LLAMA_GROUPS[:2],
+    LinearGroup("gate_up", "pre_feedforward_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp", "mlp"),
+    LLAMA_GROUPS[3],
+)
+
 # InternLM2: w1 is the gate, w3 goes up, w2 down; wqkv holds [kv_head][queries + key + value][head_dim] rows.
 INTERNLM2_GROUPS = (
     LinearGroup("qkv", "attention_norm", ("attention.wqkv",), "attention", "attn"),
     LinearGroup("o", "attention.wqkv", ("attention.wo",), "attention.wo", "attn"),
     LinearGroup("gate_up", "ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "feed_forward", "mlp"),
     LinearGroup("down", "feed_forward.w3", ("feed_forward.w2",), "feed_forward.w2", "mlp"),
+)
+
+# LFM2: w1 is the gate. Its convolutions multiply what they mix by the second third of what in_proj gives.
+_LFM2_MLP = (
+    LinearGroup("gate_up", "ffn_norm", ("feed_forward.w1", "feed_forward.w3"), "feed_forward", "mlp"),
+    LinearGroup("down", "feed_forward.w3", ("feed_forward.w2",), "feed_forward.w2", "mlp"),
+)
+LFM2_GROUPS = (
+    LinearGroup(
+        "qkv", "operator_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn", "attn"
+    ),
+    LinearGroup("o", "self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj", "attn"),
+    *_LFM2_MLP,
+)
+LFM2_CONVOLUTION = BlockKind(
+    groups=(
+        LinearGroup("in", "operator_norm", ("conv.in_proj",), "conv", "attn"),
+        LinearGroup("out", "conv.in_proj", ("conv.out_proj",), "conv.out_proj", "attn", section=1),
+        *_LFM2_MLP,
+    ),
+    attn_output="conv.out_proj",
+    mlp_output="feed_forward.w2",
+)
+
+# OPT has no module around its MLP, and a ReLU, through which factors pass.
+OPT_GROUPS = (
+    LinearGroup(
+        "qkv", "self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn", "attn"
+    ),
+    LinearGroup("o", "self_attn.v_proj", ("self_attn.out_proj",), "self_attn.out_proj", "attn"),
+    LinearGroup("gate_up", "final_layer_norm", ("fc1",), "fc1", "mlp"),
+    LinearGroup("down", "fc1", ("fc2",), "fc2", "mlp"),
 )
 
 # The blocks of vision towers at their two norms, which is where SmoothQuant works (vision_tower.py).
@@ -43,13 +91,40 @@ FUSED_VISION_GROUPS = (  # Qwen2-VL's tower and the original InternViT
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
 )
-VISION_GROUPS = (SIGLIP_GROUPS, INTERNVL_VISION_GROUPS, FUSED_VISION_GROUPS)
+QWEN2_5_VISION_GROUPS = (  # GLM-4.1V too
+    LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
+    LinearGroup("gate_up", "norm2", ("mlp.gate_proj", "mlp.up_proj"), "mlp", "mlp"),
+)
+QWEN3_VISION_GROUPS = (
+    LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
+    LinearGroup("fc1", "norm2", ("mlp.linear_fc1",), "mlp", "mlp"),
+)
+BLIP2_VISION_GROUPS = (
+    LinearGroup("qkv", "layer_norm1", ("self_attn.qkv",), "self_attn", "attn"),
+    LinearGroup("fc1", "layer_norm2", ("mlp.fc1",), "mlp", "mlp"),
+)
+PIXTRAL_GROUPS = (
+    LinearGroup(
+        "qkv", "attention_norm", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention", "attn"
+    ),
+    LinearGroup("gate_up", "ffn_norm", ("feed_forward.gate_proj", "feed_forward.up_proj"), "feed_forward", "mlp"),
+)
+VISION_GROUPS = (
+    SIGLIP_GROUPS,
+    INTERNVL_VISION_GROUPS,
+    FUSED_VISION_GROUPS,
+    QWEN2_5_VISION_GROUPS,
+    QWEN3_VISION_GROUPS,
+    BLIP2_VISION_GROUPS,
+    PIXTRAL_GROUPS,
+)
 
 # Where configs say which tokens stand for images and videos.
 VISION_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "img_context_token_id")
 
 LLAVA_ONEVISION = Architecture(
     model_class="LlavaOnevisionForConditionalGeneration",
+    models="LLaVA-OneVision",
     blocks="model.language_model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -58,22 +133,20 @@ LLAVA_ONEVISION = Architecture(
     projector="model.multi_modal_projector",
     kept=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
     vision_tokens=VISION_TOKENS,
+    packs=True,
 )
 
-INTERNVL = Architecture(
-    model_class="InternVLForConditionalGeneration",
-    blocks="model.language_model.layers",
-    groups=LLAMA_GROUPS,
-    attn_output="self_attn.o_proj",
-    mlp_output="mlp.down_proj",
-    vision_tower="model.vision_tower",
-    projector="model.multi_modal_projector",
-    kept=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
-    vision_tokens=VISION_TOKENS,
+# The same names.
+INTERNVL = replace(
+    LLAVA_ONEVISION, model_class="InternVLForConditionalGeneration", models="InternVL3, InternVL3.5 (dense)"
 )
+LLAVA = replace(LLAVA_ONEVISION, model_class="LlavaForConditionalGeneration", models="LLaVA-1.5, Pixtral")
+LLAVA_NEXT = replace(LLAVA_ONEVISION, model_class="LlavaNextForConditionalGeneration", models="LLaVA-NeXT (1.6)")
+MISTRAL3 = replace(LLAVA_ONEVISION, model_class="Mistral3ForConditionalGeneration", models="Mistral Small 3.1, 3.2")
 
 QWEN2_VL = Architecture(
     model_class="Qwen2VLForConditionalGeneration",
+    models="Qwen2-VL",
     blocks="model.language_model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -82,11 +155,75 @@ QWEN2_VL = Architecture(
     projector="model.visual.merger",
     kept=("lm_head", "re:.*visual.*"),
     vision_tokens=VISION_TOKENS,
+    packs=True,
+)
+
+GEMMA3 = replace(
+    LLAVA_ONEVISION,
+    model_class="Gemma3ForConditionalGeneration",
+    models="Gemma 3",
+    groups=GEMMA3_GROUPS,
+    norm_offset=1.0,
+    packs=False,
+)
+
+QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration", models="Qwen2.5-VL")
+# Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
+QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)", packs=False)
+
+GLM4V = replace(
+    QWEN2_VL,
+    model_class="Glm4vForConditionalGeneration",
+    models="GLM-4.1V",
+    groups=GLM_GROUPS,
+)
+
+IDEFICS3 = Architecture(
+    model_class="Idefics3ForConditionalGeneration",
+    models="Idefics3",
+    blocks="model.text_model.layers",
+    groups=LLAMA_GROUPS,
+    attn_output="self_attn.o_proj",
+    mlp_output="mlp.down_proj",
+    vision_tower="model.vision_model",
+    projector="model.connector",
+    kept=("lm_head", "re:.*vision_model.*", "re:.*connector.*"),
+    vision_tokens=VISION_TOKENS,
+    packs=True,
+)
+SMOLVLM = replace(IDEFICS3, model_class="SmolVLMForConditionalGeneration", models="SmolVLM, SmolVLM2")
+
+LFM2_VL = Architecture(
+    model_class="Lfm2VlForConditionalGeneration",
+    models="LFM2-VL",
+    blocks="model.language_model.layers",
+    groups=LFM2_GROUPS,
+    attn_output="self_attn.out_proj",
+    mlp_output="feed_forward.w2",
+    vision_tower="model.vision_tower",
+    projector="model.multi_modal_projector",
+    kept=("lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*"),
+    vision_tokens=VISION_TOKENS,
+    others=(LFM2_CONVOLUTION,),
+)
+
+BLIP2 = Architecture(
+    model_class="Blip2ForConditionalGeneration",
+    models="BLIP-2 (OPT)",
+    blocks="language_model.model.decoder.layers",
+    groups=OPT_GROUPS,
+    attn_output="self_attn.out_proj",
+    mlp_output="fc2",
+    vision_tower="vision_model",
+    projector="qformer",
+    kept=(r"re:.*language_model\.lm_head$", "re:.*vision_model.*", "re:.*qformer.*", "re:.*language_projection.*"),
+    vision_tokens=VISION_TOKENS,
 )
 
 # The original InternVL2 folders, which bring their own code (--trust-remote-code).
 INTERNVL_CHAT_INTERNLM2 = Architecture(
     model_class="InternVLChatModel",
+    models="InternVL2 (its own code; InternLM2)",
     blocks="language_model.model.layers",
     groups=INTERNLM2_GROUPS,
     attn_output="attention.wo",
@@ -99,6 +236,7 @@ INTERNVL_CHAT_INTERNLM2 = Architecture(
 )
 INTERNVL_CHAT_LLAMA = Architecture(
     model_class="InternVLChatModel",
+    models="InternVL2 (its own code; Qwen2, Llama)",
     blocks="language_model.model.layers",
     groups=LLAMA_GROUPS,
     attn_output="self_attn.o_proj",
@@ -111,7 +249,37 @@ INTERNVL_CHAT_LLAMA = Architecture(
 
 FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "LlavaOnevisionForConditionalGeneration": (LLAVA_ONEVISION,),
+    "LlavaForConditionalGeneration": (LLAVA,),
+    "LlavaNextForConditionalGeneration": (LLAVA_NEXT,),
     "InternVLForConditionalGeneration": (INTERNVL,),
-    "Qwen2VLForConditionalGeneration": (QWEN2_VL,),
     "InternVLChatModel": (INTERNVL_CHAT_INTERNLM2, INTERNVL_CHAT_LLAMA),
+    "Qwen2VLForConditionalGeneration": (QWEN2_VL,),
+    "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL,),
+    "Qwen3VLForConditionalGeneration": (QWEN3_VL,),
+    "Mistral3ForConditionalGeneration": (MISTRAL3,),
+    "Gemma3ForConditionalGeneration": (GEMMA3,),
+    "Glm4vForConditionalGeneration": (GLM4V,),
+    "Idefics3ForConditionalGeneration": (IDEFICS3,),
+    "SmolVLMForConditionalGeneration": (SMOLVLM,),
+    "Lfm2VlForConditionalGeneration": (LFM2_VL,),
+    "Blip2ForConditionalGeneration": (BLIP2,),
+}
+
+# Those with a trained model in models/; the tests run the others on random weights alone.
+TRAINED = (
+    "LlavaOnevisionForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+)
+
+# Known, and not quantized yet: what they have that no group of linears describes.
+_EXPERTS = "the experts of a block in one tensor"
+_DELTA_NET = "gated delta nets in place of most attentions"
+REFUSED = {
+    "Qwen3VLMoeForConditionalGeneration": _EXPERTS,
+    "Glm4vMoeForConditionalGeneration": _EXPERTS,
+    "Llama4ForConditionalGeneration": _EXPERTS,
+    "Qwen3_5ForConditionalGeneration": _DELTA_NET,
+    "Qwen3_5MoeForConditionalGeneration": _EXPERTS,
+    "MllamaForConditionalGeneration": "no vision tokens: blocks of another kind read pictures by cross-attention",
 }

@@ -33,7 +33,10 @@ from mbq.qlinear import QuantLinear
 SHARED_INPUT = tuple(
     dict.fromkeys(
         group.linears
-        for groups in (*(variant.groups for variants in FAMILIES.values() for variant in variants), *VISION_GROUPS)
+        for groups in (
+            *(kind.groups for variants in FAMILIES.values() for variant in variants for kind in variant.kinds),
+            *VISION_GROUPS,
+        )
         for group in groups
         if len(group.linears) > 1
     )

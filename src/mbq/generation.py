@@ -33,7 +33,8 @@ def generate(
 
     On a GPU the steps are replayed as a CUDA graph, or, if ``compiled``, by torch.compile: slow for the first tokens.
 
-    Raises MBQError for an image that is missing or corrupt, and where a model cannot be compiled.
+    Raises MBQError for an image that is missing or corrupt, for a question that the processor refuses, and where a
+    model cannot be compiled.
     """
     for image in images:
         if not Path(image).is_file():
@@ -41,7 +42,10 @@ def generate(
     pictures = [open_image(Path(image), "--image") for image in images]
     content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": prompt}]
     text = render(processor, [{"role": "user", "content": content}], "--prompt", add_generation_prompt=True)
-    inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device, model.dtype)
+    try:
+        inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device, model.dtype)
+    except ValueError as error:
+        raise MBQError(f"The model's processor refuses the question ({error}); mend --prompt or --image.") from error
     static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
     if compiled and not static:
         raise MBQError("--compile needs a GPU, and a model that transformers can compile; leave it out.")

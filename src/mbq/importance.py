@@ -58,7 +58,7 @@ def importance(
     for index in range(len(binding.blocks)):
         reads = {}
         with placed(binding, index) as block, hooked() as hooks:
-            for group in binding.architecture.groups:
+            for group in binding.kinds[index].groups:
                 own = None if weighing is None else weighing[group.part][index]
                 weights = method.token_weights(roles, own, options) if method.token_weights else uniform_weights(roles)
                 reads[group] = _Squares(weights.double() / weights.double().sum(), roles.lengths)

@@ -16,13 +16,14 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    Blip2Processor,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mbq import internvl_chat
+from mbq import blip2, internvl_chat
 from mbq.checkpoint.safety import check_code, check_config, check_folder, check_size, read_json, stored_tensors
 from mbq.errors import MBQError
 from mbq.hub import hub_folder
@@ -89,6 +90,8 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
         raise _not_loaded(f"The processor of {path}", error) from error
+    if isinstance(processor, Blip2Processor):
+        blip2.adapt(processor)
     if getattr(processor, "image_processor", None) is None:
         raise MBQError(f"{path} has no image processor; add its preprocessor_config.json or processor_config.json.")
     if not processor.chat_template:

@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import nn
 
 from mbq import ranks
-from mbq.architecture import Binding, bind
+from mbq.architecture import Binding, bind, check_known
 from mbq.blocks import Inputs, capture, device_of
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
 from mbq.checkpoint.folder import check_new, check_space
@@ -23,7 +23,7 @@ from mbq.cost import cost_of, speed, weight_bytes
 from mbq.errors import MBQError
 from mbq.finished import FinishedBlocks, linear_of
 from mbq.importance import importance
-from mbq.loading import check_finite, load_model, load_processor, model_folder, torch_device
+from mbq.loading import check_finite, load_model, load_processor, model_folder, read_config, torch_device
 from mbq.methods import METHODS, Method, SearchOptions
 from mbq.output import QUANTIZED, Measured, Product
 from mbq.placement import Plan, make_plan, place
@@ -262,6 +262,8 @@ def _float_model(model: Any, processor: Any, recipe: Recipe, keep: bool = False)
     """The model to work on, its processor and its name. ``keep`` promises to leave a loaded model as it is."""
     if not isinstance(model, nn.Module):
         trust = recipe.trust_remote_code
+        for name in read_config(model).get("architectures") or ():
+            check_known(name)  # before its weights are read
         processor = processor or load_processor(model, trust)
         return load_model(model, "cpu", recipe.dtype, trust), processor, str(model)
     if processor is None:

@@ -106,7 +106,7 @@ def equalize_model(
                 rows += earlier
                 progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
                 continue
-            work = [search.group(index, group) for group in binding.architecture.groups]
+            work = [search.group(index, group) for group in binding.kinds[index].groups]
             hidden, finite = trace(block, [made.targets for made in work], hidden, calls[index], storage)
             search.check(index, work, finite)
             if options.distorted_input:
@@ -185,7 +185,8 @@ class _Search:
         for made, choice in choices if ranks.rank() == 0 or self.options.distorted_input else ():
             weights = [_weight(self.binding.module(index, path)) for path in made.group.linears]
             before = list(self.binding.module(index, made.group.prev).parameters(recurse=False))
-            fold(choice.equalization, made.sources, before, weights)
+            offset = self.binding.architecture.norm_offset if made.norm_fed else 0.0
+            fold(choice.equalization, made.sources, before, weights, offset)
         return rows
 
     def group(self, index: int, group: LinearGroup) -> Group | _Skipped:
@@ -218,8 +219,7 @@ class _Search:
 
     def quantized(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """The block's output with its target linears quantized: weights to nearest, activations as the scheme says."""
-        linears = [path for group in self.binding.architecture.groups for path in group.linears]
-        weights = self._quantized_weights(index, "", linears)
+        weights = self._quantized_weights(index, "", self.binding.kinds[index].linears())
         rounded = {path: fake_quantize(weight, self.scheme.weights) for path, weight in weights.items()}
         read = None
         if self.scheme.activations is not None:
@@ -241,6 +241,8 @@ class _Search:
         rows, channels = len(_weight(before)), _weight(linear).shape[1]
         if rows == channels:
             return torch.arange(channels)
+        if group.section is not None and rows % channels == 0:
+            return group.section * channels + torch.arange(channels)
         if not self.options.gqa_fold:
             return f"{group.prev} has {rows} rows for {channels} channels; only gqa_fold folds them"
         attention = self.binding.module(index, group.linears[0].rpartition(".")[0])
@@ -267,10 +269,10 @@ def weighings(sensitivity: Sensitivity | None, options: SearchOptions) -> dict[s
 
 def _check_norms(binding: Binding) -> None:
     for index in range(len(binding.blocks)):
-        for group in binding.architecture.groups:
+        for group in binding.kinds[index].groups:
             before = binding.module(index, group.prev)
             if not isinstance(before, nn.Linear):
-                check_norm(before, binding.name(index, group.prev))
+                check_norm(before, binding.name(index, group.prev), binding.architecture.norm_offset)
 
 
 def _weight(module: nn.Module) -> torch.Tensor:

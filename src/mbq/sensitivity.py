@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mbq import ranks
-from mbq.architecture import Binding
+from mbq.architecture import Binding, BlockKind
 from mbq.blocks import (
     Call,
     Inputs,
@@ -141,8 +141,9 @@ def token_gradients(
         for index in reversed(range(len(binding.blocks))):
             with placed(binding, index) as block:
                 for number, (states, call) in enumerate(zip(inputs.pop(), calls[index], strict=True)):
-                    before, parts = _block_gradients(binding, block, states, call, passed[number])
-                    found[number][index] = torch.stack([part.float().abs().mean(-1) for part in parts]) / scale
+                    before, parts = _block_gradients(binding.kinds[index], block, states, call, passed[number])
+                    means = [part.float().abs().mean(-1).view(states.shape[:-1]) for part in parts]
+                    found[number][index] = torch.stack(means) / scale
                     passed[number] = kept(before, storage)
             if progress is not None:
                 progress(len(binding.blocks) - index)
@@ -167,7 +168,7 @@ def _head_gradients(
 
 
 def _block_gradients(
-    binding: Binding, block: nn.Module, hidden: torch.Tensor, call: Call, passed: torch.Tensor
+    kind: BlockKind, block: nn.Module, hidden: torch.Tensor, call: Call, passed: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The gradient of the block's input, and of the outputs of its parts, from that of its output."""
     outputs: list[torch.Tensor] = []
@@ -178,7 +179,7 @@ def _block_gradients(
     device = device_of(block)
     leaf = hidden.detach().to(device).requires_grad_(True)
     with hooked() as hooks, torch.enable_grad():
-        for name in (binding.architecture.attn_output, binding.architecture.mlp_output):
+        for name in (kind.attn_output, kind.mlp_output):
             hooks.append(block.get_submodule(name).register_forward_hook(keep))
         out = run(block, leaf, call)
         before, *parts = torch.autograd.grad(out, [leaf, *outputs], passed.to(device))

@@ -42,11 +42,12 @@ class PackedDecoder:
 
         Other models may treat embeddings or pictures in ways that nobody has checked; they read questions one by one.
         """
+        known = FAMILIES.get(type(model).__name__, ())
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         masks = getattr(model.config, "_attn_implementation", None) in ("sdpa", "eager")
-        return (
-            type(model).__name__ in FAMILIES and masks and isinstance(getattr(decoder, "layers", None), nn.ModuleList)
-        )
+        windows = getattr(getattr(decoder, "config", None), "sliding_window", None) is not None
+        layers = isinstance(getattr(decoder, "layers", None), nn.ModuleList)
+        return any(variant.packs for variant in known) and masks and not windows and layers
 
     def logits(self, number: int) -> torch.Tensor:
         """[answer token, vocabulary] of one batch of the questions."""

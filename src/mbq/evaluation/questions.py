@@ -124,14 +124,19 @@ def encode(prompts: Sequence[str], rows: Sequence[Row], processor: Any, padding_
     pictures = [row.open_images() for row in rows]
     bos = processor.tokenizer.bos_token
     once = {"add_special_tokens": False} if bos and prompts[0].startswith(bos) else {}
-    inputs = processor(
-        text=list(prompts),
-        images=pictures if pictures[0] else None,
-        padding=True,
-        padding_side=padding_side,
-        return_tensors="pt",
-        **once,
-    )
+    try:
+        inputs = processor(
+            text=list(prompts),
+            images=pictures if pictures[0] else None,
+            padding=True,
+            padding_side=padding_side,
+            return_tensors="pt",
+            **once,
+        )
+    except ValueError as error:
+        raise MBQError(
+            f"{rows[0].where}: the model's processor refuses the row ({error}); mend it or drop it."
+        ) from error
     return dict(inputs)
 
 
