@@ -64,8 +64,9 @@ def language_model(binding: Binding) -> LanguageModel:
     """
     gguf = gguf_package()
     root = binding.architecture.blocks.rpartition(".")[0]
-    config: Any = binding.model.get_submodule(root).config
-    _check_config(config)
+    language = binding.model.get_submodule(root)
+    config: Any = getattr(language, "config", None)
+    _check_config(config, type(language).__name__)
     architecture = ARCHITECTURES[config.model_type]
     found = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], len(binding.blocks))
     head = next(name for name in binding.kept if name.rpartition(".")[2] == "lm_head")
@@ -125,8 +126,8 @@ def write_importance(path: Path, model: LanguageModel, measured: Importance, dat
     _write(writer, tensors)
 
 
-def _check_config(config: Any) -> None:
-    kind, rope = config.model_type, getattr(config, "rope_parameters", None) or {}
+def _check_config(config: Any, name: str) -> None:
+    kind, rope = getattr(config, "model_type", name), getattr(config, "rope_parameters", None) or {}
     if kind not in ARCHITECTURES:
         raise MBQError(
             f"--format gguf writes language models of the types {', '.join(ARCHITECTURES)}, not {kind}; {_INSTEAD}."
