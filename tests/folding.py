@@ -15,7 +15,7 @@ def fold_everything(binding: Binding) -> None:
     """In place. Vectors are between 0.25 and 4.25, a number for each row of what comes before."""
     architecture, generator = binding.architecture, torch.Generator().manual_seed(1)
     for index in range(len(binding.blocks)):
-        for group in binding.kinds[index].groups:
+        for group in (each for each in binding.kinds[index].groups if each.prev):
             linears = [binding.module(index, path).weight for path in group.linears]
             prev = binding.module(index, group.prev)
             channels = linears[0].shape[1]

@@ -58,6 +58,8 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
@@ -112,7 +114,9 @@ def _vision(**more: Any) -> dict[str, Any]:
     }
 
 
-def _qwen(config_class: type, model_class: type, processor: type, videos: type, vision: Any, mrope: Any) -> Any:
+def _qwen(
+    config_class: type, model_class: type, processor: type, videos: type, vision: Any, mrope: Any, **text: Any
+) -> Any:
     special = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     tokens = tokenizer(special, image_token="<|image_pad|>", video_token="<|video_pad|>")
     size = {"shortest_edge": 56 * 56, "longest_edge": 112 * 112}
@@ -121,7 +125,7 @@ def _qwen(config_class: type, model_class: type, processor: type, videos: type, 
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6], **mrope}
     shared = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": HIDDEN}
     config = config_class(
-        text_config=text_config(tokens, rope_parameters=rope), vision_config={**shared, **vision}, **ids
+        text_config=text_config(tokens, rope_parameters=rope, **text), vision_config={**shared, **vision}, **ids
     )
     images = Qwen2VLImageProcessor(size=size, **patch)
     return model_class(config), processor(images, tokens, videos(size=size, **patch), chat_template=QWEN2_VL_TEMPLATE)
@@ -139,6 +143,15 @@ def _qwen3_vl() -> tuple[Any, Any]:
     vision = {"patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
     classes = (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor)
     return _qwen(*classes, vision, {"mrope_interleaved": True})
+
+
+def _qwen3_5() -> tuple[Any, Any]:
+    """A block with a delta net of two key heads and four value heads, and one with attention."""
+    vision = {"patch_size": 14, "num_position_embeddings": 16}
+    net = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+    text = {**net, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+    classes = (Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    return _qwen(*classes, vision, {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}, **text)
 
 
 def _llava() -> tuple[Any, Any]:
@@ -331,6 +344,7 @@ def _blip2() -> tuple[Any, Any]:
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
+    "qwen3_5": _qwen3_5,
     "llava": _llava,
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig, sliding_window=None),

@@ -19,8 +19,9 @@ class LinearGroup:
     """Linears of one block that read the same input. Names are paths inside the block ("self_attn.q_proj").
 
     name     "qkv", "o", "gate_up" or "down", in convolutions "in" or "out": the key in search.json
-    prev     what is folded into: the norm, or the linear whose output rows are this group's input channels
-    linears  the linears that read the input
+    prev     what is folded into: the norm, or the linear whose output rows are this group's input channels; "" where
+             there is neither, and the group is quantized as it is
+    linears  the linears that read the input; those that the architecture keeps are folded, but not quantized
     inspect  the module whose output the search compares (arXiv 2412.19509); "" is the block
     part     "attn" or "mlp": whose sensitivity weighs the loss
     section  where prev makes several times as many rows as the group has channels, one after the other (GLM's
@@ -203,18 +204,21 @@ def _bind(model: nn.Module, architecture: Architecture) -> Binding:
     blocks = model.get_submodule(architecture.blocks)
     assert isinstance(blocks, nn.ModuleList)
     kinds = tuple(_kind(block, architecture) for block in blocks)
-    names = tuple(f"{architecture.blocks}.{i}.{path}" for i, kind in enumerate(kinds) for path in kind.linears())
+    paths = [f"{architecture.blocks}.{i}.{path}" for i, kind in enumerate(kinds) for path in kind.linears()]
+    names = tuple(name for name in paths if not _kept(name, architecture))
     quantized = set(names)
     kept = tuple(name for name in _linear_names(model) if name not in quantized)
     for name in kept:
-        if not any(
-            name == pattern or (pattern[:3] == "re:" and matches(name, pattern)) for pattern in architecture.kept
-        ):
+        if not _kept(name, architecture):
             raise MBQError(
                 f"{type(model).__name__} holds the linear {name}, which families.py neither quantizes nor keeps; "
                 "add it to a group, or to `kept`."
             )
     return Binding(architecture, model, blocks, kinds, _vision_tokens(model, architecture), names, kept)
+
+
+def _kept(name: str, architecture: Architecture) -> bool:
+    return any(name == pattern or (pattern[:3] == "re:" and matches(name, pattern)) for pattern in architecture.kept)
 
 
 def _vision_tokens(model: nn.Module, architecture: Architecture) -> frozenset[int]:

@@ -64,6 +64,24 @@ LFM2_CONVOLUTION = BlockKind(
     mlp_output="feed_forward.w2",
 )
 
+# Qwen3.5: what decides how fast a head forgets (in_proj_a) and learns (in_proj_b) is a row a head, and stays 16-bit.
+# out_proj reads a norm whose weight all heads share, so nothing is folded there.
+DELTA_NET = BlockKind(
+    groups=(
+        LinearGroup(
+            "in",
+            "input_layernorm",
+            ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+            "linear_attn",
+            "attn",
+        ),
+        LinearGroup("out", "", ("linear_attn.out_proj",), "linear_attn.out_proj", "attn"),
+        *LLAMA_GROUPS[2:],
+    ),
+    attn_output="linear_attn.out_proj",
+    mlp_output="mlp.down_proj",
+)
+
 # OPT has no module around its MLP, and a ReLU, through which factors pass.
 OPT_GROUPS = (
     LinearGroup(
@@ -171,6 +189,15 @@ QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration",
 # Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
 QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)", packs=False)
 
+QWEN3_5 = replace(
+    QWEN2_VL,
+    model_class="Qwen3_5ForConditionalGeneration",
+    models="Qwen3.5 (dense)",
+    kept=("lm_head", "re:.*visual.*", r"re:.*in_proj_a$", r"re:.*in_proj_b$"),
+    norm_offset=1.0,
+    others=(DELTA_NET,),
+    packs=False,
+)
 GLM4V = replace(
     QWEN2_VL,
     model_class="Glm4vForConditionalGeneration",
@@ -256,6 +283,7 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "Qwen2VLForConditionalGeneration": (QWEN2_VL,),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL,),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL,),
+    "Qwen3_5ForConditionalGeneration": (QWEN3_5,),
     "Mistral3ForConditionalGeneration": (MISTRAL3,),
     "Gemma3ForConditionalGeneration": (GEMMA3,),
     "Glm4vForConditionalGeneration": (GLM4V,),
@@ -274,12 +302,10 @@ TRAINED = (
 
 # Known, and not quantized yet: what they have that no group of linears describes.
 _EXPERTS = "the experts of a block in one tensor"
-_DELTA_NET = "gated delta nets in place of most attentions"
 REFUSED = {
     "Qwen3VLMoeForConditionalGeneration": _EXPERTS,
     "Glm4vMoeForConditionalGeneration": _EXPERTS,
     "Llama4ForConditionalGeneration": _EXPERTS,
-    "Qwen3_5ForConditionalGeneration": _DELTA_NET,
     "Qwen3_5MoeForConditionalGeneration": _EXPERTS,
     "MllamaForConditionalGeneration": "no vision tokens: blocks of another kind read pictures by cross-attention",
 }

@@ -12,6 +12,7 @@ What lies between the linears, norms and the gates of MLPs, runs as one kernel e
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import types
 from collections.abc import Callable, Sequence
 
@@ -210,6 +211,7 @@ def _is_norm(module: nn.Module) -> bool:
         and weight.numel() <= MOST_INPUTS
         and hasattr(module, "variance_epsilon")
         and [name for name, _ in module.named_parameters()] == ["weight"]
+        and len(inspect.signature(module.forward).parameters) == 1  # Qwen3.5 has one that takes a gate, too
     )
 
 

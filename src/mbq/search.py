@@ -237,6 +237,8 @@ class _Search:
         }
 
     def _sources(self, index: int, group: LinearGroup, before: nn.Module) -> torch.Tensor | str:
+        if not group.prev:
+            return "nothing comes before it that could be divided"
         linear = self.binding.module(index, group.linears[0])
         rows, channels = len(_weight(before)), _weight(linear).shape[1]
         if rows == channels:
@@ -271,7 +273,7 @@ def _check_norms(binding: Binding) -> None:
     for index in range(len(binding.blocks)):
         for group in binding.kinds[index].groups:
             before = binding.module(index, group.prev)
-            if not isinstance(before, nn.Linear):
+            if group.prev and not isinstance(before, nn.Linear):
                 check_norm(before, binding.name(index, group.prev), binding.architecture.norm_offset)
 
 
