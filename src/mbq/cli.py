@@ -144,7 +144,9 @@ def _errors() -> Console:
 def quantize_command(
     model: ModelArgument,
     output: Annotated[Path, typer.Option(help="The folder to write; it must not hold anything.", metavar="DIR")],
-    scheme: Annotated[str, typer.Option(help="W2A16, W3A16, W4A16, W8A8, W4A8, W3A8 or W4A4.")] = DEFAULT.scheme,
+    scheme: Annotated[
+        str, typer.Option(help="W2A16, W3A16, W4A16, W4A16_SYM, W8A8, W4A8, W3A8 or W4A4.")
+    ] = DEFAULT.scheme,
     method: Annotated[str, typer.Option(help="mbq, awq, fixed, smoothquant or rtn.")] = DEFAULT.method,
     data: Data = None,
     images: Images = None,
