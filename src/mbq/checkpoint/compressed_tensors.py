@@ -171,8 +171,8 @@ def float_activations(scheme: Scheme) -> str:
         return ""
     return (
         f"vLLM serves this folder with 16-bit activations, and does not say so: its kernels for packed 4-bit weights "
-        f"round them as {scheme.name} does only with `--linear-backend humming` on an NVIDIA GPU; on a CPU with AMX they "
-        "round them to 8 bits in a way of their own."
+        f"round them as {scheme.name} does only with `--linear-backend humming` on an NVIDIA GPU. On a CPU with AMX "
+        "they round them to 8 bits in a way of their own."
     )
 
 
