@@ -27,7 +27,7 @@ KINDS = {
     "W4A8": ("CompressedTensorsWNA8Int", "CPUWNA16LinearKernel"),
 }
 RUNS = {"W4A8": "W4A8 weights"}  # it leaves the activations of W4A8 in 16 bits, and says nothing
-LIMITS = {"W8A8": 0.04, "W4A16": 0.03, "W4A16_SYM": 0.03, "W4A8": 0.03}
+LIMITS = {"W8A8": 0.04, "W4A16": 0.015, "W4A16_SYM": 0.015, "W4A8": 0.015}  # measured: up to 0.028 and 0.009
 FUSED = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 BLOCKS = 4
 
@@ -37,7 +37,6 @@ class Served:
     """What vLLM made of one folder.
 
     kinds     of every layer that could be quantized: the classes of its method, scheme and kernel
-    dtypes    of the weights of the other layers
     prompts   token ids
     logits    [question, vocabulary] of the answers' first tokens
     answers   token ids
