@@ -3,7 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test check format wheel clean
+ENGINES := .venv-engines
+SERVED := build/engines
+
+.PHONY: demo test test-engines check format wheel clean
 
 # Every run has a folder of its own, so that nothing is overwritten.
 demo: $(INSTALLED)
@@ -12,6 +15,15 @@ demo: $(INSTALLED)
 # The tiny models of the tests gain nothing from several threads each; two processes do.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Folders and expected numbers are made here; vLLM, which needs packages of its own, then runs the folders. What it
+# measured goes into docs/engines.md.
+test-engines: $(INSTALLED) $(ENGINES)/installed
+	rm -rf $(SERVED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m engines.folders $(SERVED)
+	OMP_NUM_THREADS=1 VLLM_CACHE_ROOT=$(CURDIR)/$(ENGINES)/cache $(ENGINES)/bin/python -m pytest -c engines/pytest.ini \
+	  engines --folders $(SERVED) --report benchmarks/results/engines.json
+	$(BIN)/python -m benchmarks.engines_page
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check
@@ -36,8 +48,19 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -c "import torchvision.ops"
 	touch $@
 
+# 6 GB. Every version is pinned, with those that it needs, so nothing is resolved.
+$(ENGINES)/installed: engines/requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"vLLM needs Python 3.11 or newer, not {sys.version}; make PYTHON=python3.12")'
+	test -x $(ENGINES)/bin/python || $(PYTHON) -m venv $(ENGINES) || { rm -rf $(ENGINES); exit 1; }
+	if command -v uv > /dev/null; then \
+	  uv pip sync --python $(ENGINES)/bin/python $<; \
+	else \
+	  $(ENGINES)/bin/python -m pip install --quiet --no-deps --requirement $<; \
+	fi
+	touch $@
+
 wheel: $(INSTALLED)
 	$(BIN)/python -m hatchling build --target wheel
 
 clean:
-	rm -rf .venv dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv $(ENGINES) build dist .pytest_cache .ruff_cache .mypy_cache

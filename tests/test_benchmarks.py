@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import decode_step, prefill, scaling_page, search
+from benchmarks import decode_step, engines_page, prefill, scaling_page, search
 from mbq.kernels.packed import pack_weight
 from mbq.kernels.reference import linear
 from mbq.qtensor import QTensor
@@ -92,3 +92,8 @@ def test_a_race_is_judged_by_the_exhaustive_losses() -> None:
 def test_the_page_of_scaling_shows_what_is_stored() -> None:
     shown = scaling_page.PAGE.read_text(encoding="utf-8").partition(scaling_page.BEGIN)
     assert shown[1] + shown[2] == scaling_page.page()
+
+
+def test_the_page_of_engines_shows_what_is_stored() -> None:
+    shown = engines_page.PAGE.read_text(encoding="utf-8").partition(engines_page.BEGIN)
+    assert shown[1] + shown[2] == engines_page.page()

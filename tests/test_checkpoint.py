@@ -22,10 +22,12 @@ from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 import mbq
 from mbq.checkpoint.compressed_tensors import (
     checkpoint_bytes,
+    float_activations,
     loading_note,
     quantization_config,
     replace_linears,
     save_model,
+    serving_note,
 )
 from mbq.checkpoint.folder import check_new, new_folder
 from mbq.errors import MBQError
@@ -110,7 +112,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-@pytest.mark.parametrize("name", ["W2A16", "W3A16", "W4A16"])
+@pytest.mark.parametrize("name", ["W2A16", "W3A16", "W4A16", "W4A16_SYM"])
 def test_weight_only_folders_give_the_same_logits_everywhere(folders: Any, family: str, name: str) -> None:
     """Bit for bit: the search's fake quantization, mbq.load, and transformers alone by either call."""
     float_folder, folder = folders(family, name)
@@ -171,6 +173,10 @@ def test_a_loaded_model_generates_with_packed_weights(folders: Any, family: str)
     assert type(model).__name__ == type(tiny(family)[0]).__name__
 
 
+# What transformers 5 saves of a model that it made itself lacks a level of published checkpoints, which vLLM wants.
+TOWERS = {"llava_onevision": "vision_tower.vision_model."}
+
+
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_tensors_have_the_names_of_the_original_checkpoint(folders: Any, family: str) -> None:
     float_folder, folder = folders(family, "W3A16")
@@ -179,6 +185,7 @@ def test_tensors_have_the_names_of_the_original_checkpoint(folders: Any, family:
         safe_open(folder / "model.safetensors", "pt") as after,
     ):
         old, new = set(before.keys()), set(after.keys())
+    old = {name.replace("vision_tower.", TOWERS.get(family, "vision_tower.")) for name in old}
     packed = {name.removesuffix("_packed") for name in new if name.endswith(".weight_packed")}
     assert len(packed) == 14
     assert packed < old
@@ -231,6 +238,30 @@ def test_the_config_spells_out_every_argument(name: str) -> None:
             activations.dynamic,
         )
         assert found == (scheme.activations.bits, "int", True, "token", True)
+
+
+def test_the_tower_of_a_published_checkpoint_keeps_its_names(folders: Any, tmp_path: Path) -> None:
+    """A folder whose float model had them too: they are not added twice, and nothing is lost."""
+    float_folder, folder = folders("llava_onevision", "W3A16")
+    save_model(load(folder), tmp_path, json.loads((folder / "config.json").read_text())["quantization_config"])
+    first, again = (load_file(path / "model.safetensors") for path in (folder, tmp_path))
+    assert first.keys() == again.keys()
+    tower = {name for name in first if "vision_model." in name}
+    published = {
+        name.replace("vision_tower.", TOWERS["llava_onevision"])
+        for name in load_file(float_folder / "model.safetensors")
+    }
+    assert tower == {name for name in published if "vision_model." in name}
+    assert tower
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_folders_whose_activations_vllm_leaves_alone_say_so(name: str) -> None:
+    """Four bits packed with rounded activations; docs/engines.md has the measurement."""
+    silent = name in ("W4A8", "W4A4")
+    assert ("16-bit activations, and does not say so" in serving_note(SCHEMES[name])) == silent
+    assert bool(float_activations(SCHEMES[name])) == silent
 
 
 def test_sharded_folders_load(folders: Any, tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def test_tower_projector_embeddings_and_head_stay_as_they_were(
         assert torch.equal(before[name], after[name]), name
 
 
+def test_what_vllm_leaves_out_is_told(float_folder: Callable[[str], Path], run: Callable[..., Any]) -> None:
+    result = run(float_folder("qwen2_vl"), scheme="W4A8", method="rtn")
+    for text in (str(result), (result.folder / "README.md").read_text()):
+        assert "16-bit activations, and does not say so" in text
+
+
 def test_ignore_keeps_a_linear_in_float(float_folder: Callable[[str], Path], run: Callable[..., Any]) -> None:
     result = run(float_folder("qwen2_vl"), ignore=[r"re:.*layers\.1\.mlp\.down_proj"])
     kinds = {

@@ -22,7 +22,7 @@ Batch = Annotated[int, typer.Option(help="Samples that go through the model at o
 Seed = Annotated[int, typer.Option(help="Seed of the draw of samples.")]
 Formatting = Annotated[str, typer.Option(help="plain, few-shot or interleaved.")]
 Text = Annotated[str | None, typer.Option(help="Plain text for --formatting interleaved.", metavar="FILE")]
-Scheme = Annotated[str, typer.Option(help="W2A16, W3A16, W4A16, W8A8, W4A8, W3A8 or W4A4.")]
+Scheme = Annotated[str, typer.Option(help="W2A16, W3A16, W4A16, W4A16_SYM, W8A8, W4A8, W3A8 or W4A4.")]
 Method = Annotated[str, typer.Option(help="mbq, awq, fixed, smoothquant or rtn.")]
 GroupSize = Annotated[int | None, typer.Option(help="Input channels that share a scale (weight-only schemes; 128).")]
 Ignore = Annotated[

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from mbq.architecture import Binding
-from mbq.checkpoint.compressed_tensors import checkpoint_bytes, loading_note, quantization_config, save_model
+from mbq.checkpoint.compressed_tensors import (
+    checkpoint_bytes,
+    loading_note,
+    quantization_config,
+    save_model,
+    serving_note,
+)
 from mbq.checkpoint.folder import new_folder
 from mbq.errors import MBQError
 from mbq.importance import Importance
@@ -79,7 +85,7 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
             text,
             base_model=base_model,
             folder_name=output.name,
-            loading_note=loading_note(recipe.numbers, others),
+            loading_note=f"{loading_note(recipe.numbers, others)}\n\n{serving_note(recipe.numbers)}",
             kept=tuple(ignore),
             files=tuple(file.name for file in sorted(folder.glob("*.json"))),
             megabytes=(found.bytes_before / 1e6, sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6),

@@ -17,6 +17,7 @@ from mbq import ranks
 from mbq.architecture import Binding, bind, check_known
 from mbq.blocks import Inputs, capture, device_of
 from mbq.calibration import CalibrationBatch, calibration_batches, sample_rows
+from mbq.checkpoint.compressed_tensors import float_activations
 from mbq.checkpoint.folder import check_new, check_space
 from mbq.checkpoint.state import RunState, files_hash, kept_by_rank_0, run_state
 from mbq.cost import cost_of, speed, weight_bytes
@@ -73,7 +74,10 @@ class QuantizationResult:
     def __str__(self) -> str:
         made = f"{self.recipe.numbers.name} by {self.recipe.method} in {sum(self.seconds.values()):.1f} s"
         sizes = f"{self.bytes_before / 1e6:.1f} MB became {self.bytes_after / 1e6:.1f} MB"
-        return f"{made}: {sizes}." + (f"\nWrote {self.folder}" if self.folder else "")
+        lines = [f"{made}: {sizes}."]
+        if self.folder:
+            lines += [f"Wrote {self.folder}", float_activations(self.recipe.numbers)]
+        return "\n".join(line for line in lines if line)
 
 
 @ranks.joined()

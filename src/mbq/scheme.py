@@ -32,8 +32,9 @@ class Scheme:
     activations: ActivationScheme | None = None
 
 
-def _weight_only(bits: int) -> Scheme:
-    return Scheme(f"W{bits}A16", WeightScheme(bits, symmetric=False, group_size=128))
+def _weight_only(bits: int, symmetric: bool = False) -> Scheme:
+    name = f"W{bits}A16" + ("_SYM" if symmetric else "")
+    return Scheme(name, WeightScheme(bits, symmetric, group_size=128))
 
 
 def _weight_activation(weight_bits: int, activation_bits: int) -> Scheme:
@@ -47,6 +48,7 @@ SCHEMES: dict[str, Scheme] = {
         _weight_only(2),
         _weight_only(3),
         _weight_only(4),
+        _weight_only(4, symmetric=True),  # for engines that read no zero points
         _weight_activation(8, 8),
         _weight_activation(4, 8),
         _weight_activation(3, 8),

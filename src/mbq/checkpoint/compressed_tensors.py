@@ -98,11 +98,34 @@ def save_model(
     before = getattr(model.config, "quantization_config", None)
     model.config.quantization_config = dict(config)
     try:
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=_named_for_engines(model), max_shard_size=max_shard_size)
     finally:
         del model.config.quantization_config
         if before is not None:
             model.config.quantization_config = before
+
+
+# transformers 5 has what is in this module one level higher than published checkpoints have, and reads both.
+FLATTENED = ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel")
+INNER = "vision_model"
+
+
+def _named_for_engines(model: nn.Module) -> dict[str, Any]:
+    """The state of ``model`` with its vision tower's tensors named as in published checkpoints.
+
+    transformers saves a tower under the names that it was loaded from. Those of a model that it made itself lack a
+    level, and engines such as vLLM refuse them.
+    """
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if type(module).__name__ in FLATTENED and not hasattr(module, INNER)
+    ]
+    state: dict[str, Any] = {}
+    for name, tensor in model.state_dict().items():
+        tower = next((tower for tower in towers if name.startswith(tower)), "")
+        state[f"{tower}{INNER}.{name.removeprefix(tower)}" if tower else name] = tensor
+    return state
 
 
 def check_names(model: nn.Module, config: Mapping[str, Any]) -> None:
@@ -143,6 +166,24 @@ def loading_note(scheme: Scheme, others: Mapping[str, Scheme] | None = None) -> 
         f"a token by {levels / 2} where `mbq.load` (and the paper) divide by {levels // 2}, so logits differ. With "
         "`quantization_config=CompressedTensorsConfig(dequantize=True)` transformers 5.23 leaves the activations in "
         "16 bit, and 5.17 does not."
+    )
+
+
+def serving_note(scheme: Scheme) -> str:
+    """Markdown for the model card: what vLLM does with a folder of this scheme (docs/engines.md)."""
+    if scheme.weights.bits not in (4, 8):
+        return f"vLLM serves this folder on NVIDIA GPUs only; on a CPU it refuses {scheme.weights.bits}-bit weights."
+    return float_activations(scheme) or "vLLM serves this folder: `vllm serve FOLDER`."
+
+
+def float_activations(scheme: Scheme) -> str:
+    """A sentence where vLLM would silently leave in 16 bits the activations that the scheme rounds, or nothing."""
+    if scheme.activations is None or not is_packed(scheme) or scheme.weights.bits != 4:
+        return ""
+    return (
+        f"vLLM serves this folder with 16-bit activations, and does not say so: its kernels for packed 4-bit weights "
+        f"round them as {scheme.name} does only with `--linear-backend humming` on an NVIDIA GPU. On a CPU with AMX "
+        "they round them to 8 bits in a way of their own."
     )
 
 
