@@ -10,7 +10,7 @@ from rich.table import Table
 from mbq.architecture import Architecture
 from mbq.families import FAMILIES, REFUSED, TRAINED
 
-COLUMNS = ("models", "class", "kept in 16 bits", "linears searched together", "tested on")
+COLUMNS = ("models", "class", "kept in 16 bits", "linears, group by group", "tested on")
 
 
 def family_rows() -> list[tuple[str, ...]]:
