@@ -1,7 +1,8 @@
 """Perplexity of answers about pictures in llama.cpp: k-quants of the original and of the equalized language model,
 without an importance matrix, with one that counts every token once, and with MBQ's. benchmarks/results/gguf.json
 
-python -m benchmarks.gguf_perplexity        needs the extra mbq[gguf] and llama-cpp-python; on the CPU
+python -m benchmarks.gguf_perplexity        needs the extra mbq[gguf] and llama-cpp-python; on the CPU; prints the
+                                            tables of docs/export.md
                                             --families NAME measures one and keeps what the file holds of the others
 
 K-quants need rows of 256 channels and the reference models have 128 and 384, so channels of zeros are added that leave
@@ -30,6 +31,7 @@ from torch import nn
 
 import mbq
 from benchmarks.results import CALIBRATIONS, FAMILIES, ROOT, STORED
+from benchmarks.results_page import FAMILY_NAMES, markdown
 from mbq.architecture import Binding, bind
 from mbq.blocks import capture, hooked
 from mbq.calibration import calibration_batches, encode, language_mask
@@ -320,6 +322,24 @@ def _pairs(nats: Mapping[str, np.ndarray]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs if a in nats and b in nats]
 
 
+def tables(content: Mapping[str, Any]) -> str:
+    """Perplexities, and how they compare, as Markdown."""
+    kinds = [f"{model}, {matrix}" for model in ("original", "equalized") for matrix in ("none", "uniform", "mbq")]
+    rows, compared = [], []
+    for family, found in content["models"].items():
+        for kind in TYPES:
+            each = [f"{found['perplexity'][f'{kind}, {name}']:.4f}" for name in kinds]
+            rows.append([FAMILY_NAMES[family], kind, f"{found['perplexity']['float']:.4f}", *each])
+        for pair, less in found["compared"].items():
+            percent = [f"{100 * math.expm1(less[key]):+.2f}" for key in ("log_ratio", "low", "high")]
+            sure = less["low"] > 0 or less["high"] < 0
+            compared.append(
+                [FAMILY_NAMES[family], pair, f"{percent[0]} ({percent[1]} to {percent[2]})", "yes" if sure else ""]
+            )
+    first = markdown(["model", "type", "float", *kinds], rows)
+    return f"{first}\n\n{markdown(['model', 'perplexity of / of', 'difference, %', 'sure'], compared)}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure k-quants of the reference models in llama.cpp.")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
@@ -343,6 +363,7 @@ def main(arguments: list[str] | None = None) -> None:
         for family in args.families:
             content["models"][family] = measure(family, Path(folder), rows, tests)
             write_json(args.output, content)
+    print(tables(content))
 
 
 if __name__ == "__main__":

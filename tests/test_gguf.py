@@ -264,3 +264,11 @@ def test_llama_cpp_computes_the_same(family: str, text: str, tmp_path: Path) -> 
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([ids])).logits[0]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    pytest.importorskip("llama_cpp")
+    from benchmarks.gguf_perplexity import STORED, tables
+
+    page = Path(__file__).parents[1] / "docs" / "export.md"
+    assert tables(json.loads((STORED / "gguf.json").read_text())) in page.read_text()
