@@ -19,12 +19,14 @@ FAMILIES = ("internvl", "llava_onevision", "qwen2_vl")
 SCHEMES = ("W8A8", "W4A16", "W4A16_SYM", "W4A8", "W3A16")
 
 HEAD = """
-Written by `make test-engines`, which fails where any of this does not hold: {versions}. Its tests took {seconds} s.
+Written by `make test-engines`, which fails where the folders are not run as said here. Versions: {versions}.
+Its tests took {seconds} s.
 
 An engine's error is that of its logits for the first token of {questions} answers, relative to their norm, from those
-of the folder's weights computed in float32; beside it the same from the float model's logits. "Linears" is the largest
-error of a linear of the first block on equal inputs. "Answers" are equal to those of greedy decoding in float32; those
-that differ hang on a lead smaller than an engine's largest error of a logit.
+of the folder's rounded weights computed in float32 (at W8A8 with rounded activations); beside it the same from the
+float model's logits. "Linears" is the largest error of a linear of the first block on equal inputs. "Answers" are equal
+to those of greedy decoding in float32; one that is not has a token whose lead is less than twice the largest error of a
+logit.
 """
 
 AMX = """
@@ -34,12 +36,13 @@ table was measured, turns it off.
 """
 
 HTTP = """
-`vllm serve internvl-W4A16` on the loopback interface was asked about a picture, {question!r}, and answered {answer!r},
-which is right.
+`vllm serve internvl-W4A16` on the loopback interface, with vLLM's defaults, was asked about a picture over HTTP:
+"{question}" It answered "{answer}", which is right.
 """
 
 ALONE = """
-transformers alone, in the version above and by the plain call, is off by at most {worst}.
+transformers alone, in the version above and by the plain call, has logits off by at most {worst}.
+That is of 8 questions a folder.
 """
 
 
