@@ -57,6 +57,15 @@ def test_the_function_stays_and_the_weights_do_not(
     assert all(name.startswith(binding.architecture.blocks) for name in changed), "only blocks are equalized"
 
 
+def test_a_tower_has_the_names_that_engines_want(
+    float_folder: Callable[[str], Path], options: dict[str, Any], tmp_path: Path
+) -> None:
+    made = mbq.export(float_folder("llava_onevision"), output=tmp_path / "out", **options)
+    tower = [name for name in load_file(made.folder / "model.safetensors") if "vision_tower." in name]
+    assert tower
+    assert all(".vision_model." in f".{name}" for name in tower)
+
+
 W3_FLOAT32 = (torch.float32, {"scheme": "W3A16", "group_size": 32})
 W4_BFLOAT16 = (torch.bfloat16, {"scheme": "W4A16", "group_size": 64, "gqa_fold": True, "norm": "mse"})
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding
+from mbq.checkpoint.compressed_tensors import named_for_engines
 from mbq.checkpoint.folder import new_folder
 from mbq.checkpoint.gguf_file import check_tokenizer, gguf_package, language_model, write_importance, write_model
 from mbq.cost import weight_bytes
@@ -111,7 +112,7 @@ def write_equalized(output: Path, binding: Binding, processor: Any, recipe: Reci
     """Write an ordinary float folder, whole or not at all; arguments and errors as ``write_folder`` has them."""
     model: Any = binding.model
     with new_folder(output, needs=found.bytes_after) as folder:
-        model.save_pretrained(folder, max_shard_size=recipe.max_shard_size)
+        model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=recipe.max_shard_size)
         write_processor(folder, processor, recipe, name)
         text = write_records(folder, recipe, base_name(name), found)
         card = equalized_card(recipe, text, base_model=base_name(name), folder_name=output.name, binding=binding)

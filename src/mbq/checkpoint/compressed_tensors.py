@@ -98,7 +98,7 @@ def save_model(
     before = getattr(model.config, "quantization_config", None)
     model.config.quantization_config = dict(config)
     try:
-        model.save_pretrained(folder, state_dict=_named_for_engines(model), max_shard_size=max_shard_size)
+        model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=max_shard_size)
     finally:
         del model.config.quantization_config
         if before is not None:
@@ -110,7 +110,7 @@ FLATTENED = ("CLIPVisionModel", "SiglipVisionModel", "Siglip2VisionModel")
 INNER = "vision_model"
 
 
-def _named_for_engines(model: nn.Module) -> dict[str, Any]:
+def named_for_engines(model: nn.Module) -> dict[str, Any]:
     """The state of ``model`` with its vision tower's tensors named as in published checkpoints.
 
     transformers saves a tower under the names that it was loaded from. Those of a model that it made itself lack a
