@@ -46,7 +46,9 @@ above its tables. `mbq bench` measures the packed linears on your GPU.
 LAYOUT = """## What runs when
 
 On an NVIDIA GPU from compute capability 7.5 on, weight-only schemes run in `kernels/decode.cu`, up to 16 rows of x a
-launch and {packed_rows} in all; more rows go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
+launch and {packed_rows} in all. On Hopper (compute capability 9.0) more rows run in `kernels/prompt.cu`, which unpacks
+weights into the registers from which its tensor cores multiply; elsewhere, and where outputs are no multiple of 8, they
+go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
 From compute capability 9.0 on, two blocks that form a cluster share the inputs of an x of more than 8 rows and {units}
 inputs, which is more than an L1 holds.
 Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their

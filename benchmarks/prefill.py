@@ -7,8 +7,9 @@
 Shapes are those of a Qwen2-7B decoder layer (qkv, o, gate_up, down) and of a vision tower's MLP. A time is the median
 over replays of a CUDA graph that goes once round copies of the weight larger than the L2; Humming's has one copy, which
 may stay there. "Layer" is the sum of the four. mbq's int8 products are compared with exact integers before they are
-timed, those of W3A16 with float32; what fails is printed and left out. Last, W3A16's two ways, packed words in several
-launches and a 16-bit weight made on the way, are timed at the numbers of rows about which the second takes over.
+timed, those of W3A16 with float32; what fails is printed and left out. "Through 16 bits" is what W3A16 does in prompts
+on other GPUs than Hopper's. Last, W3A16's two ways, that of few rows in several launches and that of prompts, are timed
+at the numbers of rows about which the second takes over.
 """
 
 from __future__ import annotations
@@ -280,6 +281,12 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
                     rows,
                     lambda x=x, ws=packed: each([lambda w=w: cuda.linear(x, w, None) for w in ws]),
                 )
+                attempt(
+                    "through 16 bits",
+                    name,
+                    rows,
+                    lambda x=x, ws=packed: each([lambda w=w: F.linear(x, cuda.dense(w)) for w in ws]),
+                )
             attempt("its dense weight", name, 0, lambda ws=packed: each([lambda w=w: cuda.dense(w) for w in ws]))
             del packed
         for scheme in QUANTIZED:
@@ -321,20 +328,22 @@ def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight
     packed = bench.random_weight(scheme, shape, dtype, device)
     weight = cuda.prepare(packed)
     contender = bench.Contender(WEIGHT_ONLY, cuda.prepare, lambda x, w: cuda.linear(x, w, None))
-    bench.check(contender, packed, weight, (cuda.PACKED_ROWS, cuda.PACKED_ROWS + 1), dtype)
+    bench.check(contender, packed, weight, (cuda.PACKED_ROWS, cuda.PACKED_ROWS + 1, 2048), dtype)
     return [with_words(weight, words) for words in copies_of(weight.words)]
 
 
 def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Microseconds of a layer's four linears at W3A16, packed and through a dense weight, and in 16 bits."""
-    found: list[dict[str, Any]] = [{"rows": rows, "packed": 0.0, "dense": 0.0, "16 bit": 0.0} for rows in TAKEOVER_ROWS]
+    """Microseconds of a layer's four linears at W3A16, as for few rows and as for prompts, and in 16 bits."""
+    found: list[dict[str, Any]] = [
+        {"rows": rows, "packed": 0.0, "prompt": 0.0, "16 bit": 0.0} for rows in TAKEOVER_ROWS
+    ]
     for shape in LAYER.values():
         weights = weight_only(shape, dtype)
         sixteen = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
         for row in found:
             x = torch.randn(row["rows"], shape[1], dtype=dtype, device="cuda")
             row["packed"] += with_packed_rows(TAKEOVER_ROWS[-1], x, weights)
-            row["dense"] += with_packed_rows(0, x, weights)
+            row["prompt"] += with_packed_rows(0, x, weights)
             row["16 bit"] += each([lambda w=w, x=x: F.linear(x, w) for w in sixteen])  # type: ignore[misc]
     return found
 
