@@ -44,6 +44,7 @@ def prompt(report: dict[str, Any]) -> str:
     lines = [
         "## A prompt\n",
         f"`{report['command']}` on {report['device']}, torch {report['torch']}, {report['dtype']}.\n",
+        *([f"{report['note']}\n"] if "note" in report else []),
         PROMPT,
         markdown(["rows of x", *ways], [_layer_row(times, ways, rows) for rows in counts]),
         f"\nBy shape, {PROMPT_ROWS:,} rows:\n",

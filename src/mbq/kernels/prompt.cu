@@ -30,13 +30,13 @@
 #define OUTPUTS 128  // of a tile
 #define INPUTS 64    // of a stage
 #define BLOCKS 2     // of a cluster
-#define CONSUMERS 2  // warpgroups, 64 outputs each
+#define WARPGROUPS 2  // that multiply, 64 outputs each
 #define STAGE_BYTES (ROWS * INPUTS * 2)
 #define CHUNK (ROWS % 64 == 0 ? 64 : ROWS % 48 == 0 ? 48 : 32)  // rows of y that are written at once
 #define CHUNK_BYTES (CHUNK * 128)                              // of 64 outputs
 #define TURN_BYTES 512  // a warp's, to turn codes over
-#define AREAS (STAGES * STAGE_BYTES + 2 * CONSUMERS * CHUNK_BYTES)
-#define BARRIERS (AREAS + 4 * CONSUMERS * TURN_BYTES)
+#define AREAS (STAGES * STAGE_BYTES + 2 * WARPGROUPS * CHUNK_BYTES)
+#define BARRIERS (AREAS + 4 * WARPGROUPS * TURN_BYTES)
 
 struct alignas(64) TensorMap { unsigned long long opaque[16]; };
 
@@ -93,8 +93,8 @@ __device__ __forceinline__ void write_out(const TensorMap* map, u32 output, u32 
 // Until all but the last n writes have read what they write.
 template <int n> __device__ __forceinline__ void wait_for_writes() { asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(n) : "memory"); }
 
-// Ordinary stores to shared memory, before wgmma or the copy engine reads them.
-__device__ __forceinline__ void show_to_engines() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Ordinary stores to shared memory, before the copy engine reads them.
+__device__ __forceinline__ void show_to_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void store(u32 to, const u32 (&v)[4]) {
   asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(to), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
@@ -118,6 +118,7 @@ __device__ __forceinline__ u32 both_from_floats(float low, float high) {
 
 __device__ __forceinline__ void warpgroup_barrier(u32 group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
+// The second of the two warpgroups waits here for the first one's first unit.
 __device__ __forceinline__ void wait_for_first_group() { asm volatile("bar.sync 3, 256;" ::: "memory"); }
 __device__ __forceinline__ void let_second_group_start() { asm volatile("bar.arrive 3, 256;" ::: "memory"); }
 
@@ -181,6 +182,7 @@ __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_g
 template <int n> __device__ __forceinline__ void wait_for_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(n) : "memory"); }
 
 // ---- the ring of stages ----------------------------------------------------------------------------------------------
+// A stage is "full" once x has come, for the multiplying warpgroups, and "empty" once those of both blocks have read it.
 struct Ring {
   u32 start, stage, parity;
   __device__ __forceinline__ Ring(u32 start) : start(start), stage(0), parity(0) {}
@@ -195,6 +197,7 @@ struct Ring {
   }
 };
 
+// Where the tile "i" of a block lies.
 struct Place {
   u32 output_tile, row;
   __device__ __forceinline__ Place(const Order& order, u32 i) {
@@ -308,6 +311,7 @@ template <int c> __device__ __forceinline__ void unpack_stage(u32 (&steps)[4][4]
 }
 
 // ---- x ---------------------------------------------------------------------------------------------------------------
+// One thread's work: a stage of every tile after the other, this block's half of its rows.
 __device__ __forceinline__ void fetch_all(const TensorMap* x, u32 units, const Order& order, u32 start) {
   const u32 rank = blockIdx.x % BLOCKS;
   Ring ring(start);
@@ -348,7 +352,7 @@ __device__ __forceinline__ void multiply_all(const Weight& weight, u32 tiles, co
   const u32 buffers = start + STAGES * STAGE_BYTES + group * 2 * CHUNK_BYTES;
   // Rows of a turned block are rows of y, 128 bytes of 64 outputs, their 16-byte chunks swizzled.
   const u32 turned_row = (lane >> 4) * 8 + (lane & 7), turned = turned_row * 128 + ((2 * warp + (lane >> 3 & 1)) ^ (lane & 7)) * 16;
-  u32 written = 0, even[4][4], odd[4][4];
+  u32 written = 0, even[4][4], odd[4][4];  // of the last two stages, which wgmma may still read
   const u32 area = start + AREAS + (threadIdx.x >> 5) * TURN_BYTES;
   HalfUnit next;
   Walk walk(order, units);
@@ -403,7 +407,7 @@ __device__ __forceinline__ void multiply_all(const Weight& weight, u32 tiles, co
         for (int e = 0; e < 4; e++) out[e] = both_from_floats(v[2 * e] + offset[e & 1], v[2 * e + 1] + offset[e & 1]);
         store_turned(buffer + b * 16 * 128 + turned, out[0], out[1], out[2], out[3]);
       }
-      show_to_engines();
+      show_to_copy_engine();
       warpgroup_barrier(group);
       if (thread == 0) write_out(y, output, place.row + c * CHUNK, buffer);
     }
@@ -411,24 +415,25 @@ __device__ __forceinline__ void multiply_all(const Weight& weight, u32 tiles, co
   if (thread == 0) wait_for_writes<0>();
 }
 
+// Registers are for those that multiply: 240 a thread, 128 of them sums, and 24 for a warpgroup of which one thread works.
 // x [rows, inputs] in boxes of ROWS / 2 rows x 64 inputs, y [rows, outputs] in boxes of CHUNK rows x 64 outputs.
-extern "C" __global__ void __launch_bounds__(128 * (CONSUMERS + 1), 1)
+extern "C" __global__ void __launch_bounds__(128 * (WARPGROUPS + 1), 1)
 prompt(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap y, Weight weight, const T* __restrict__ bias, u32 outputs, u32 tiles, u32 units, Order order) {
   const u32 start = shared_address(memory);
   if (threadIdx.x == 0) {
     for (u32 stage = 0; stage < STAGES; stage++) {
       init_barrier(start + BARRIERS + stage * 16, 1);                       // full
-      init_barrier(start + BARRIERS + stage * 16 + 8, BLOCKS * CONSUMERS);  // empty: it is filled for both blocks
+      init_barrier(start + BARRIERS + stage * 16 + 8, BLOCKS * WARPGROUPS);  // empty: it is filled for both blocks
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   cluster_barrier();
-  if (threadIdx.x < 128 * CONSUMERS) {
+  if (threadIdx.x < 128 * WARPGROUPS) {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
     multiply_all(weight, tiles, &y, bias, outputs, units, order, start);
   } else {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-    if (threadIdx.x == 128 * CONSUMERS) {
+    if (threadIdx.x == 128 * WARPGROUPS) {
       wait_for_previous_kernel();
       fetch_all(&x, units, order, start);
     }

@@ -12,9 +12,9 @@ from mbq.errors import MBQWarning
 from mbq.kernels import compiled
 from mbq.kernels.packed import PackedWeight, Pointers
 
-OUTPUTS, INPUTS, BLOCKS, GROUPS = 128, 64, 2, 2  # as in prompt.cu
+OUTPUTS, INPUTS, BLOCKS, WARPGROUPS = 128, 64, 2, 2  # as in prompt.cu
 TURN_BYTES = 512
-THREADS = 128 * (GROUPS + 1)
+THREADS = 128 * (WARPGROUPS + 1)
 SHARED_BYTES = 227 * 1024  # what a block can have
 ROWS = (64, 96, 128, 160, 192, 224, 240, 256)  # of a tile
 TILE_COST = 230  # of a tile's time, what does not depend on its rows, in rows: measured on an H200
@@ -38,7 +38,7 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     y, order = x.new_empty(*x.shape[:-1], outputs), order_of(rows, outputs, tile)
     arguments = [
         compiled.TensorMap.of(x.view(rows, inputs), (tile // BLOCKS, INPUTS)),
-        compiled.TensorMap.of(y.view(rows, outputs), (chunk_of(tile), OUTPUTS // GROUPS)),
+        compiled.TensorMap.of(y.view(rows, outputs), (chunk_of(tile), OUTPUTS // WARPGROUPS)),
         Pointers.of(weight),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         *(ctypes.c_uint(each) for each in (outputs, tiles, units)),
@@ -73,7 +73,7 @@ def chunk_of(tile: int) -> int:
 
 def shared_bytes(tile: int, stages: int) -> int:
     """What ``prompt.cu`` has in shared memory: x, chunks of y, codes that change lanes, two barriers a stage."""
-    return stages * (tile * INPUTS * 2 + 16) + GROUPS * (2 * chunk_of(tile) * 128 + 4 * TURN_BYTES)
+    return stages * (tile * INPUTS * 2 + 16) + WARPGROUPS * (2 * chunk_of(tile) * 128 + 4 * TURN_BYTES)
 
 
 def options(weight: PackedWeight, dtype: torch.dtype, tile: int) -> tuple[tuple[str, int], ...]:
