@@ -353,7 +353,7 @@ def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight
     packed = bench.random_weight(scheme, shape, dtype, device)
     weight = cuda.prepare(packed)
     contender = bench.Contender(WEIGHT_ONLY, cuda.prepare, lambda x, w: cuda.linear(x, w, None))
-    bench.check(contender, packed, weight, (cuda.PACKED_ROWS, cuda.PACKED_ROWS + 1, 2048), dtype)
+    bench.check(contender, packed, weight, (cuda.PROMPT_ROWS, cuda.PACKED_ROWS + 1, 2048), dtype)
     return [with_words(weight, words) for words in copies_of(weight.words)]
 
 
@@ -375,11 +375,12 @@ def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
 
 def with_packed_rows(most: int, x: torch.Tensor, weights: list[PackedWeight]) -> float:
     """Microseconds, where packed words are read for up to ``most`` rows."""
-    usual, cuda.PACKED_ROWS = cuda.PACKED_ROWS, most
+    usual = cuda.PROMPT_ROWS, cuda.PACKED_ROWS
+    cuda.PROMPT_ROWS = cuda.PACKED_ROWS = most
     try:
         return each([lambda w=w: cuda.linear(x, w, None) for w in weights])  # type: ignore[misc]
     finally:
-        cuda.PACKED_ROWS = usual
+        cuda.PROMPT_ROWS, cuda.PACKED_ROWS = usual
 
 
 def humming_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:

@@ -34,7 +34,8 @@ from mbq.scheme import Scheme
 
 TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
-LAUNCH_ROWS, PACKED_ROWS = 16, 80  # rows of x that a launch takes; prompts have more than the latter
+LAUNCH_ROWS = 16  # rows of x that a launch takes
+PROMPT_ROWS, PACKED_ROWS = 64, 80  # more are a prompt's where prompt.cu runs; elsewhere, where it does not
 SPLIT, SPLIT_UNITS = 2, 50  # blocks that share tiles where x has that many units: 16 rows of it are more than an L1
 
 
@@ -142,9 +143,11 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
+    product = prompt.linear(x, weight, bias) if rows > PROMPT_ROWS else None
+    if product is not None:
+        return product
     if rows > PACKED_ROWS:
-        product = prompt.linear(x, weight, bias)
-        return F.linear(x, dense(weight), bias) if product is None else product
+        return F.linear(x, dense(weight), bias)
     y = x.new_empty(*x.shape[:-1], outputs)
     for first in range(0, rows, LAUNCH_ROWS):
         _multiply(x, weight, bias, y, first, min(rows - first, LAUNCH_ROWS))
