@@ -46,7 +46,9 @@ above its tables. `mbq bench` measures the packed linears on your GPU.
 LAYOUT = """## What runs when
 
 On an NVIDIA GPU from compute capability 7.5 on, weight-only schemes run in `kernels/decode.cu`, up to 16 rows of x a
-launch and {packed_rows} in all; more rows go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
+launch. On Hopper (compute capability 9.0) more than {prompt_rows} rows run in `kernels/prompt.cu`, which unpacks
+weights into the registers from which its tensor cores multiply; elsewhere, and where outputs are no multiple of 8, more
+than {packed_rows} go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
 From compute capability 9.0 on, two blocks that form a cluster share the inputs of an x of more than 8 rows and {units}
 inputs, which is more than an L1 holds.
 Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their
@@ -68,6 +70,33 @@ multiplied in 8 bits next is quantized as it is computed.
 What `prepare` makes of a checkpoint's words for the CUDA kernel (the docstring of `mbq/kernels/cuda.py`):
 
 {layout}
+"""
+
+PROMPT_STEPS = """## What was tried for prompts
+
+W3A16, bfloat16, 2,048 rows, one H200. What stands in one line was timed in turns, except for the second; cuBLAS
+multiplies in 16 bits. A *stage* is 64 inputs of a tile of 128 outputs; the tensor cores need 4 cycles of it a row.
+
+- One warpgroup unpacks into shared memory, two multiply from there. Predicted: 1,024 cycles a stage of 256 rows, since
+  unpacking takes 150 of a warp. Measured: a layer 1,569 µs, cuBLAS 1,356. In gate_up a stage took 747 ns with 256 rows
+  and 716 with 192: one warp's chain of loads, stores and fence sets the pace.
+- Two warpgroups unpack. 512 threads leave 128 registers each, and the wgmma of 256 columns does not compile; with 192
+  gate_up took 895 µs instead of 1,003.
+- The weight stays in registers; lanes exchange 16-bit weights, by 16 shuffles and 48 selections a stage: a layer 1,462
+  µs, cuBLAS 1,356.
+- Unpacking between a stage's four wgmmas, so that a warp overlaps its own: gate_up 826 µs, and 867 where the compiler
+  has to keep that order, instead of 820. Left out.
+- The second warpgroup starts a unit later, so that one multiplies while the other writes: gate_up 814 µs instead of
+  820.
+- Codes change lanes instead of weights, four in a register, by 4 shuffles. Predicted: 110 instead of 136 instructions
+  a stage. Measured: gate_up 791 µs instead of 810 (cuBLAS 754), o 78.0 instead of 84.2 (cuBLAS 78.9).
+- The same through 16 bytes of shared memory a lane, without selections: gate_up 787 µs, o 77.6. This is the kernel.
+
+From 64 to 80 rows of x the kernel overtakes launches of 16 rows: 236 µs a layer against 212, then 241 against 264.
+
+What is left: gate_up takes 1,133 cycles a stage of 256 rows, ends of tiles included, at the 1.45 GHz that the power
+limit leaves it. qkv, three rounds of tiles of 192 rows, is slower than through 16 bits. At 128 rows, where down is 14
+pairs of tiles for 66 clusters, cuBLAS on 16-bit weights is 1.8 times faster: inputs would have to be divided.
 """
 
 STEPS = """## What each step of the design brought
@@ -133,7 +162,13 @@ def page(stored: Path) -> str:
         if path.exists():
             parts.append(section(read(path)))
     parts += [
-        LAYOUT.format(layout=layout(), packed_rows=cuda.PACKED_ROWS, units=cuda.SPLIT_UNITS * cuda.UNIT),
+        LAYOUT.format(
+            layout=layout(),
+            prompt_rows=cuda.PROMPT_ROWS,
+            packed_rows=cuda.PACKED_ROWS,
+            units=cuda.SPLIT_UNITS * cuda.UNIT,
+        ),
+        PROMPT_STEPS,
         STEPS.format(steps=_steps(steps)),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -17,7 +17,8 @@ STEP_GOAL = (2.3, 3.2)
 FAMILIES = {"llava_onevision": "LLaVA-OneVision-7B", "qwen2_vl": "Qwen2-VL-7B"}
 
 PROMPT = """µs of a layer's four linears over many rows of x at once, and how many times faster than 16 bits that is.
-W3A16 makes a 16-bit weight in every call. W4A8 and W8A8 quantize x in the call; "quantization" is that part by itself.
+W3A16 unpacks its weight as it multiplies; "through 16 bits" makes it a 16-bit weight in every call, for cuBLAS. W4A8
+and W8A8 quantize x in the call; "quantization" is that part by itself.
 `_int_mm` is cuBLAS's int8 product without it. Humming is timed on one copy of a weight, which may stay in the L2.
 """
 
@@ -43,6 +44,7 @@ def prompt(report: dict[str, Any]) -> str:
     lines = [
         "## A prompt\n",
         f"`{report['command']}` on {report['device']}, torch {report['torch']}, {report['dtype']}.\n",
+        *([f"{report['note']}\n"] if "note" in report else []),
         PROMPT,
         markdown(["rows of x", *ways], [_layer_row(times, ways, rows) for rows in counts]),
         f"\nBy shape, {PROMPT_ROWS:,} rows:\n",
@@ -85,17 +87,17 @@ def _prompt_goals(times: dict[Any, float]) -> str:
 
 
 def _dense(times: dict[Any, float]) -> str:
-    """What making the 16-bit weights costs, which is what W3A16 adds to 16 bits."""
+    """What making the 16-bit weights costs, which is what going through them adds to 16 bits."""
     alone, own, dense = (
         _layer(times, "its dense weight", 0),
-        *(_layer(times, w, PROMPT_ROWS) for w in ("W3A16", "16 bit")),
+        *(_layer(times, w, PROMPT_ROWS) for w in ("through 16 bits", "16 bit")),
     )
     if not (alone and own and dense):
         return ""
     written = 2 * sum(outputs * inputs for outputs, inputs in QWEN2_7B.shapes.values())
     return (
         f"Making the four 16-bit weights by itself takes {duration(alone)} µs, {written / 1e6:,.0f} MB written at "
-        f"{written / alone / 1e3:,.0f} GB/s. In a prompt of {PROMPT_ROWS:,} rows W3A16 takes "
+        f"{written / alone / 1e3:,.0f} GB/s. In a prompt of {PROMPT_ROWS:,} rows going through them takes "
         f"{duration(own - dense)} µs longer than 16 bits.\n"
     )
 
@@ -103,12 +105,12 @@ def _dense(times: dict[Any, float]) -> str:
 def _takeover(found: Sequence[dict[str, Any]]) -> str:
     if not found:
         return ""
-    rows = [[str(row["rows"]), *(duration(row[way]) for way in ("packed", "dense", "16 bit"))] for row in found]
-    later = [row["rows"] for row in found if row["dense"] < row["packed"]]
+    rows = [[str(row["rows"]), *(duration(row[way]) for way in ("packed", "prompt", "16 bit"))] for row in found]
+    later = [row["rows"] for row in found if row["prompt"] < row["packed"]]
     crossing = f"from {min(later)} rows on" if later else "at none of these numbers of rows"
     return (
-        f"W3A16, packed words in launches of 16 rows or a 16-bit weight first: µs of a layer's linears. The latter is "
-        f"faster {crossing}.\n\n{markdown(['rows of x', 'packed', 'through 16 bits', '16 bits kept'], rows)}\n"
+        f"W3A16, launches of 16 rows or the kernel of prompts: µs of a layer's linears. The latter is faster "
+        f"{crossing}.\n\n{markdown(['rows of x', 'launches of 16 rows', 'as a prompt', '16 bit'], rows)}\n"
     )
 
 

@@ -5,10 +5,12 @@
     python -m benchmarks.prefill --peers humming               # pip install humming-kernels
 
 Shapes are those of a Qwen2-7B decoder layer (qkv, o, gate_up, down) and of a vision tower's MLP. A time is the median
-over replays of a CUDA graph that goes once round copies of the weight larger than the L2; Humming's has one copy, which
-may stay there. "Layer" is the sum of the four. mbq's int8 products are compared with exact integers before they are
-timed, those of W3A16 with float32; what fails is printed and left out. Last, W3A16's two ways, packed words in several
-launches and a 16-bit weight made on the way, are timed at the numbers of rows about which the second takes over.
+over replays of a CUDA graph that goes once round copies of the weight larger than the L2, the graphs of a shape and
+number of rows in turns: under long loads the GPU's power limit lowers its clock. Humming's has one copy, which may stay
+in the L2. "Layer" is the sum of the four. mbq's int8 products are compared with exact integers before they are
+timed, those of W3A16 with float32; what fails is printed and left out. "Through 16 bits" is what W3A16 does in prompts
+on other GPUs than Hopper's. Last, W3A16's two ways, that of few rows in several launches and that of prompts, are timed
+at the numbers of rows about which the second takes over.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -249,70 +252,99 @@ def tiles_time(weights: list[PackedWeight], tiles: Tiles, rows: int, dtype: torc
 # ---- the comparison ----
 
 
+Calls = list[Callable[[], Any]]  # of one way of multiplying, by one copy of the weight after the other
+
+
 def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """A row a way of multiplying, shape and number of rows."""
+    """A row a way of multiplying, shape and number of rows; the ways of a shape and number are timed in turns."""
     found: list[dict[str, Any]] = []
 
-    def add(way: str, shape: str, rows: int, took: float) -> None:
-        found.append({"way": way, "shape": shape, "rows": rows, "microseconds": took})
-
-    def attempt(way: str, shape: str, rows: int, run: Callable[[], float]) -> None:
-        try:
-            add(way, shape, rows, run())
-        except Exception as error:
-            first = str(error).splitlines()[0][:200] if str(error) else ""
-            print(f"left out: {way} {shape} M={rows}: {type(error).__name__} {first}", flush=True)
+    def left_out(way: str, where: str, error: Exception) -> None:
+        first = str(error).splitlines()[0][:200] if str(error) else ""
+        print(f"left out: {way} {where}: {type(error).__name__} {first}", flush=True)
 
     for name, shape in SHAPES.items():
-        dense = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
+        ways: dict[str, Callable[[torch.Tensor], Calls]] = {}
+        for way, make in makers(name, args.peers).items():
+            try:
+                ways[way] = make(shape, dtype)
+            except Exception as error:
+                left_out(way, name, error)
         for rows in args.rows:
-            x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-            calls = [lambda x=x, w=w: F.linear(x, w) for w in dense]
-            attempt("16 bit", name, rows, lambda calls=calls: each(calls))
-        del dense, calls
-        if name in LAYER:  # whose inputs are whole groups
-            packed = weight_only(shape, dtype)
-            for rows in args.rows:
-                x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                attempt(
-                    WEIGHT_ONLY,
-                    name,
-                    rows,
-                    lambda x=x, ws=packed: each([lambda w=w: cuda.linear(x, w, None) for w in ws]),
-                )
-            attempt("its dense weight", name, 0, lambda ws=packed: each([lambda w=w: cuda.dense(w) for w in ws]))
-            del packed
-        for scheme in QUANTIZED:
-            q, weight = random_weight(SCHEMES[scheme], shape, dtype)
-            weights = [with_words(weight, words) for words in copies_of(weight.words)]
-            for rows in args.rows:
-                x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                attempt(scheme, name, rows, lambda x=x, ws=weights, q=q: linear_time(x, ws, q))
-                if scheme == "W8A8":
-                    attempt("quantization", name, rows, lambda x=x: quantization_time(x))
-                    attempt("_int_mm", name, rows, lambda x=x, ws=weights: int_mm_time(x, ws))
-            del weights, weight, q
-        if "humming" in args.peers:
-            if name in LAYER:
-                q, weight = random_weight(SCHEMES["W4A8"], shape, dtype, humming)
-                weights = [with_words(weight, words) for words in copies_of(weight.words)]
-                for rows in args.rows:
-                    x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                    run = lambda x=x, ws=weights, q=q: linear_time(x, ws, q, humming, roundings=3)  # noqa: E731
-                    attempt("W4A8 by humming", name, rows, run)
-                del weights, weight, q
-            for bits in (4, 8):
-                way = f"Humming W{bits}A8"
+            x, calls = torch.randn(rows, shape[1], dtype=dtype, device="cuda"), {}
+            for way, calls_of in ways.items():
                 try:
-                    layer = humming_layer(bits, shape, dtype)
+                    made = calls_of(x)
+                    made[0]()
+                    calls[way] = made
                 except Exception as error:
-                    print(f"left out: {way} {name}: {type(error).__name__} {str(error)[:200]}", flush=True)
-                    continue
-                for rows in args.rows:
-                    x = torch.randn(rows, shape[1], dtype=dtype, device="cuda")
-                    attempt(way, name, rows, lambda x=x, f=layer: each([lambda: f(x)]))
-                del layer
+                    left_out(way, f"{name} M={rows}", error)
+            runs = {way: lambda several=several: [call() for call in several] for way, several in calls.items()}
+            for way, took in bench.in_turns(runs).items():
+                found.append({"way": way, "shape": name, "rows": rows, "microseconds": took / len(calls[way])})
+        if name in LAYER:
+            took = each([lambda w=w: cuda.dense(w) for w in weight_only(shape, dtype)])
+            found.append({"way": "its dense weight", "shape": name, "rows": 0, "microseconds": took})
     return found
+
+
+def makers(name: str, peers: list[str]) -> dict[str, Callable[..., Callable[[torch.Tensor], Calls]]]:
+    """way -> what makes the weights of a shape and dtype and returns the calls of an x. Groups are whole in LAYER."""
+    made: dict[str, Callable[..., Callable[[torch.Tensor], Calls]]] = {"16 bit": sixteen_bits}
+    if name in LAYER:
+        made |= {WEIGHT_ONLY: packed, "through 16 bits": partial(packed, dense=True)}
+    made |= {scheme: partial(quantized, scheme) for scheme in QUANTIZED}
+    made |= {"quantization": quantization, "_int_mm": int_mm}
+    if "humming" in peers:
+        if name in LAYER:
+            made["W4A8 by humming"] = partial(quantized, "W4A8", kernel=humming, roundings=3)
+        made |= {f"Humming W{bits}A8": partial(humming_layer, bits) for bits in (4, 8)}
+    return made
+
+
+def sixteen_bits(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:
+    weights = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
+    return lambda x: [partial(F.linear, x, w) for w in weights]
+
+
+def packed(shape: tuple[int, int], dtype: torch.dtype, dense: bool = False) -> Callable[[torch.Tensor], Calls]:
+    weights = weight_only(shape, dtype)
+    if dense:
+        return lambda x: [lambda w=w: F.linear(x, cuda.dense(w)) for w in weights]  # type: ignore[misc]
+    return lambda x: [partial(cuda.linear, x, w, None) for w in weights]
+
+
+def quantized(
+    scheme: str, shape: tuple[int, int], dtype: torch.dtype, kernel: Any = int8, roundings: int = 1
+) -> Callable[[torch.Tensor], Calls]:
+    """The whole linear, quantization included. The calls raise ValueError where a product is wrong."""
+    q, weight = random_weight(SCHEMES[scheme], shape, dtype, kernel)
+    weights = [with_words(weight, words) for words in copies_of(weight.words)]
+
+    def calls(x: torch.Tensor) -> Calls:
+        bad = wrong(kernel.linear(x, weights[0], None), x, q, roundings)
+        if bad:
+            raise ValueError(f"{bad} products are wrong")
+        return [partial(kernel.linear, x, w, None) for w in weights]
+
+    return calls
+
+
+def quantization(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:
+    from mbq.kernels import int8_source as source
+
+    return lambda x: [partial(source.quantize, each, 8) for each in copies_of(x)]
+
+
+def int_mm(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:
+    """cuBLAS's int8 products, neither quantized before nor scaled after."""
+    weights = copies_of(torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda"))
+
+    def calls(x: torch.Tensor) -> Calls:
+        codes = torch.randint(-128, 128, x.shape, dtype=torch.int8, device="cuda")
+        return [partial(torch._int_mm, codes, w.T) for w in weights]
+
+    return calls
 
 
 def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight]:
@@ -321,58 +353,38 @@ def weight_only(shape: tuple[int, int], dtype: torch.dtype) -> list[PackedWeight
     packed = bench.random_weight(scheme, shape, dtype, device)
     weight = cuda.prepare(packed)
     contender = bench.Contender(WEIGHT_ONLY, cuda.prepare, lambda x, w: cuda.linear(x, w, None))
-    bench.check(contender, packed, weight, (cuda.PACKED_ROWS, cuda.PACKED_ROWS + 1), dtype)
+    bench.check(contender, packed, weight, (cuda.PROMPT_ROWS, cuda.PACKED_ROWS + 1, 2048), dtype)
     return [with_words(weight, words) for words in copies_of(weight.words)]
 
 
 def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Microseconds of a layer's four linears at W3A16, packed and through a dense weight, and in 16 bits."""
-    found: list[dict[str, Any]] = [{"rows": rows, "packed": 0.0, "dense": 0.0, "16 bit": 0.0} for rows in TAKEOVER_ROWS]
+    """Microseconds of a layer's four linears at W3A16, as for few rows and as for prompts, and in 16 bits."""
+    found: list[dict[str, Any]] = [
+        {"rows": rows, "packed": 0.0, "prompt": 0.0, "16 bit": 0.0} for rows in TAKEOVER_ROWS
+    ]
     for shape in LAYER.values():
         weights = weight_only(shape, dtype)
         sixteen = copies_of(torch.randn(shape, dtype=dtype, device="cuda"))
         for row in found:
             x = torch.randn(row["rows"], shape[1], dtype=dtype, device="cuda")
             row["packed"] += with_packed_rows(TAKEOVER_ROWS[-1], x, weights)
-            row["dense"] += with_packed_rows(0, x, weights)
+            row["prompt"] += with_packed_rows(0, x, weights)
             row["16 bit"] += each([lambda w=w, x=x: F.linear(x, w) for w in sixteen])  # type: ignore[misc]
     return found
 
 
 def with_packed_rows(most: int, x: torch.Tensor, weights: list[PackedWeight]) -> float:
     """Microseconds, where packed words are read for up to ``most`` rows."""
-    usual, cuda.PACKED_ROWS = cuda.PACKED_ROWS, most
+    usual = cuda.PROMPT_ROWS, cuda.PACKED_ROWS
+    cuda.PROMPT_ROWS = cuda.PACKED_ROWS = most
     try:
         return each([lambda w=w: cuda.linear(x, w, None) for w in weights])  # type: ignore[misc]
     finally:
-        cuda.PACKED_ROWS = usual
+        cuda.PROMPT_ROWS, cuda.PACKED_ROWS = usual
 
 
-def linear_time(
-    x: torch.Tensor, weights: list[PackedWeight], q: QTensor, kernel: Any = int8, roundings: int = 1
-) -> float:
-    """The whole linear, quantization included, once it was found exact. Raises ValueError if it is not."""
-    bad = wrong(kernel.linear(x, weights[0], None), x, q, roundings)
-    if bad:
-        raise ValueError(f"{bad} products are wrong")
-    return each([lambda w=w: kernel.linear(x, w, None) for w in weights])  # type: ignore[misc]
-
-
-def quantization_time(x: torch.Tensor) -> float:
-    from mbq.kernels import int8_source as source
-
-    several = copies_of(x)
-    return each([lambda x=x: source.quantize(x, 8) for x in several])  # type: ignore[misc]
-
-
-def int_mm_time(x: torch.Tensor, weights: list[PackedWeight]) -> float:
-    """cuBLAS's int8 products, neither quantized before nor scaled after."""
-    codes = torch.randint(-128, 128, x.shape, dtype=torch.int8, device="cuda")
-    return each([lambda w=w: torch._int_mm(codes, w.words.T) for w in weights])  # type: ignore[misc]
-
-
-def humming_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    """humming-kernels' linear, quantization of activations included, found to be near the dense product."""
+def humming_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:
+    """humming-kernels' linear, quantization of activations included, found to be near the dense product; one copy."""
     from humming.layer import HummingLayer
 
     layer = HummingLayer(
@@ -390,7 +402,7 @@ def humming_layer(bits: int, shape: tuple[int, int], dtype: torch.dtype) -> Call
     distance = (layer(x).float() - expected).norm() / expected.norm()
     if not distance < (0.2 if bits == 4 else 0.05):
         raise ValueError(f"it is {distance:.2f} away from the dense product")
-    return layer
+    return lambda x: [partial(layer, x)]
 
 
 def table(found: list[dict[str, Any]]) -> list[str]:

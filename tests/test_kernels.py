@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import KERNELS, choose, compiled, cuda
+from mbq.kernels import KERNELS, choose, compiled, cuda, prompt
 from mbq.kernels.operator import linear
-from mbq.kernels.packed import PackedWeight, pack_weight
+from mbq.kernels.packed import PackedWeight, Pointers, pack_weight
 from mbq.qtensor import QTensor, dequantize, quantize
 from mbq.scheme import SCHEMES, Scheme, WeightScheme
 
@@ -166,13 +166,71 @@ def test_the_source_compiles(
         dtype = torch.float16
     if architecture < 90:
         split = 1
-    source = Path(cuda.__file__).with_name("decode.cu").read_text()
+    source = compiled.read_source("decode.cu")
     options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 512, split))
     cubin = compiled.cubin_of(source, "decode.cu", architecture, options)
     assert cubin.startswith(b"\x7fELF")
     [kept] = cache.iterdir()
     kept.write_bytes(b"from disk")
     assert compiled.cubin_of(source, "decode.cu", architecture, options) == b"from disk"
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "dtype", "tile"),
+    [
+        (2, None, torch.float16, 64),
+        (3, 128, torch.bfloat16, 256),
+        (3, 64, torch.float16, 240),
+        (4, 32, torch.bfloat16, 192),
+        (8, 128, torch.float16, 96),
+    ],
+)
+def test_the_source_for_prompts_compiles(
+    cache: Path, bits: int, group_size: int | None, dtype: torch.dtype, tile: int
+) -> None:
+    _, packed = random_weight(weight_only(bits, group_size, False), 8, 128, dtype)
+    options = dict(prompt.options(packed, dtype, tile))
+    assert compiled.cubin_of(compiled.read_source("prompt.cu"), "prompt.cu", "90a", options).startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize("tile", prompt.ROWS)
+def test_a_prompt_kernel_fits_a_multiprocessor(tile: int) -> None:
+    _, packed = random_weight(SCHEMES["W3A16"], 8, 128, torch.float16)
+    stages = dict(prompt.options(packed, torch.float16, tile))["STAGES"]
+    assert stages >= 4
+    assert prompt.shared_bytes(tile, stages) <= prompt.SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "tile"), [(2048, 37888, 256), (2048, 4608, 192), (2048, 3584, 240), (81, 8, 64)]
+)
+def test_tiles_of_a_prompt_fill_the_gpu(rows: int, outputs: int, tile: int) -> None:
+    """On 66 clusters: 18 rounds of 1,184 pairs of tiles, 3 of 198, 2 of 126; one of two."""
+    assert prompt.rows_of_tile(rows, outputs, 66) == tile
+
+
+@pytest.mark.parametrize("rows", [81, 2048, 8192, 8193, 100_000])
+def test_bands_of_a_prompt_are_equal(rows: int) -> None:
+    order = prompt.order_of(rows, 4608, 240)
+    assert order.row_tiles == -(-rows // 240)
+    assert order.total == order.row_tiles * order.pairs
+    assert order.band <= prompt.BAND
+    assert -(-order.row_tiles // order.band) * order.band - order.row_tiles < order.band
+
+
+def test_a_prompt_goes_on_where_its_kernel_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*args: object) -> None:
+        raise compiled.CompilationError("NVRTC cannot compile prompt.cu for sm_90a: no such architecture")
+
+    monkeypatch.setattr(compiled, "library", failing)
+    prompt._function.cache_clear()
+    with pytest.warns(
+        UserWarning, match=r"through a 16-bit weight, slower: NVRTC cannot compile .* architecture"
+    ) as told:
+        found = [prompt._function((("ROWS", 64), ("STAGES", 4)), 0) for _ in range(2)]
+    prompt._function.cache_clear()
+    assert found == [None, None]
+    assert len(told) == 1
 
 
 def test_an_unwritable_cache_is_done_without(cache: Path) -> None:
@@ -258,7 +316,7 @@ def test_the_source_multiplies_on_the_cpu(
     tiles, units = weight.words.shape[:2]
     options = cuda._options(scheme, dtype, 8 if rows <= 8 else 16, inputs, split)
     library = emulated(tmp_path, {**dict(options), "WARPS": 2})
-    pointers = cuda._Weight(weight.words.data_ptr(), weight.scale.data_ptr())
+    pointers = Pointers.of(weight)
     x, bias = torch.randn(rows, inputs).to(dtype), torch.randn(outputs).to(dtype)
     for clusters in (5, 9) if rows == 2 else (1, 2, 3):
         y = torch.full((rows + 1, outputs), 7.0).to(dtype)
@@ -334,7 +392,7 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 
 
 def check_result(y: torch.Tensor, q: QTensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Within one rounding of the result, and that of float32 sums, or of a dense weight for many rows.
+    """Within one rounding of the result, and that of float32 sums, or of the weight for many rows.
 
     On a GPU tensor cores cut float32 sums off instead of rounding them, and decode.cu adds up offset + code, where the
     offset is the mantissa's range at most, and takes off offset and zero, added up the same way: two such sums.
@@ -344,7 +402,7 @@ def check_result(y: torch.Tensor, q: QTensor, x: torch.Tensor, bias: torch.Tenso
     eps = torch.finfo(y.dtype).eps
     bound = eps * expected.abs() + 1e-6
     terms = x.double().abs() @ dense.abs().T
-    if len(x) > cuda.PACKED_ROWS:
+    if len(x) > cuda.PROMPT_ROWS:
         bound += eps * terms
     elif not x.is_cuda:
         bound += 1e-5 * terms
@@ -376,7 +434,7 @@ def test_products_are_those_of_the_dense_weight(
     reason = cuda.supports(scheme, (8, 128), torch.device("cuda"), dtype)
     if reason:
         pytest.skip(reason)
-    for rows in (1, 2, 7, 8, 9, 16, 17, 40, 70):
+    for rows in (1, 2, 7, 8, 9, 16, 17, 40, 60):
         for outputs, inputs in ((8, 128), (64, 256), (1000, 384), (40, 2176), (4104, 1024), (4608, 128), (38000, 256)):
             check_products(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
     for rows in (3, 12):
@@ -384,6 +442,81 @@ def test_products_are_those_of_the_dense_weight(
             check_products(scheme, rows, 72, 160, dtype, bias=True)
         if group_size is None:
             check_products(scheme, rows, 72, 200, dtype, bias=True)
+
+
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+
+
+def check_prompt(scheme: Scheme, rows: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> None:
+    """Its own kernel, on memory that was not a number before, and no row or output beside its own."""
+    q, packed = random_weight(scheme, outputs, inputs, dtype, "cuda", seed=rows)
+    weight = cuda.prepare(packed)
+    x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
+    offset = torch.randn(outputs, dtype=dtype, device="cuda") if bias else None
+    found = []
+    for _ in range(2):
+        torch.full((rows, outputs), torch.nan, dtype=dtype, device="cuda")  # freed at once, and taken for the result
+        found.append(prompt.linear(x, weight, offset))
+    assert found[0] is not None
+    check_result(found[0], q, x, offset)
+    assert torch.equal(*found), "not the same from run to run"
+
+
+@HOPPER
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), COMBINATIONS)
+def test_prompts_are_products_of_the_dense_weight(
+    bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
+) -> None:
+    scheme = weight_only(bits, group_size, symmetric)
+    reason = cuda.supports(scheme, (8, 128), torch.device("cuda"), dtype)
+    if reason:
+        pytest.skip(reason)
+    shapes = [(8, 128), (1000, 384), (4104, 1024)]
+    shapes += [(72, 160)] if group_size == 32 else [(72, 200)] if group_size is None else []
+    for rows, (outputs, inputs) in zip((81, 201, 129, 256), shapes, strict=False):
+        check_prompt(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
+
+
+@HOPPER
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", prompt.ROWS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_prompts_in_tiles_of_every_size(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tile: int) -> None:
+    """Fewer and more tiles than clusters, several bands, and tiles that are cut off."""
+    monkeypatch.setattr(prompt, "ROWS", (tile,))
+    for rows, outputs, inputs in ((81, 40, 2176), (333, 4608, 1152), (1027, 8200, 256), (4095, 264, 128)):
+        check_prompt(SCHEMES["W3A16"], rows, outputs, inputs, dtype, bias=rows == 333)
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_prompts_of_real_models() -> None:
+    for outputs, inputs in ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)):
+        check_prompt(SCHEMES["W3A16"], 2048, outputs, inputs, torch.bfloat16, bias=False)
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_prompts_in_graphs_strided_and_with_outputs_that_do_not_fit() -> None:
+    q, packed = random_weight(SCHEMES["W3A16"], 644, 512, torch.float16, "cuda")
+    weight, wide = cuda.prepare(packed), torch.randn(3, 100, 1026, dtype=torch.float16, device="cuda")
+    assert prompt.linear(wide[0, :, :512].contiguous(), weight, None) is None  # 644 outputs are no multiple of 8
+    check_result(linear(wide[0, :, 1:513], weight, None, "cuda"), q, wide[0, :, 1:513], None)
+    q, packed = random_weight(SCHEMES["W3A16"], 648, 512, torch.float16, "cuda")
+    weight, x = cuda.prepare(packed), wide[..., 1:513]
+    y = linear(x, weight, None, "cuda")
+    assert y.shape == (3, 100, 648)
+    check_result(y.view(300, 648), q, x.reshape(300, 512), None)
+    graph, static = torch.cuda.CUDAGraph(), torch.zeros(300, 512, dtype=torch.float16, device="cuda")
+    with torch.cuda.graph(graph):
+        replayed = linear(linear(static, weight, None, "cuda")[:, :512].contiguous(), weight, None, "cuda")
+    static.copy_(x.reshape(300, 512))
+    graph.replay()
+    assert torch.equal(replayed, linear(y.view(300, 648)[:, :512].contiguous(), weight, None, "cuda"))
 
 
 @GPU

@@ -209,6 +209,27 @@ class Reader:
 
 def microseconds(run: Callable[[], Any]) -> float:
     """What ``run`` takes as a CUDA graph: the median of ``REPEATS`` timings of ``REPLAYS`` replays each."""
+    return in_turns({"": run})[""]
+
+
+def in_turns(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """``microseconds`` of each, timed in turns: at its power limit a GPU is slower the longer it has been busy."""
+    graphs = {name: _recorded(run) for name, run in runs.items()}
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(REPEATS + 1):
+        for name, graph in graphs.items():
+            start.record()
+            for _ in range(REPLAYS):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            if turn:  # the first one warms up
+                found[name].append(1e3 * start.elapsed_time(end) / REPLAYS)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def _recorded(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
@@ -219,17 +240,7 @@ def microseconds(run: Callable[[], Any]) -> float:
             run()
         finally:
             graph.capture_end()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    found = []
-    for turn in range(REPEATS + 1):
-        start.record()
-        for _ in range(REPLAYS):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        if turn:  # the first one warms up
-            found.append(1e3 * start.elapsed_time(end) / REPLAYS)
-    return statistics.median(found)
+    return graph
 
 
 def measure(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,15 @@ def _checked(result: tuple[Any, ...], what: str) -> Any:
     return result[1] if len(result) == 2 else result[1:]
 
 
-def compile_source(source: str, name: str, architecture: int, options: Mapping[str, int]) -> bytes:
+@cache
+def read_source(name: str) -> str:
+    """The text of a .cu file of this folder, the .cuh file in its place where one is included."""
+    folder = resources.files("mbq.kernels")
+    text = folder.joinpath(name).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda found: folder.joinpath(found[1]).read_text(), text, flags=re.MULTILINE)
+
+
+def compile_source(source: str, name: str, architecture: int | str, options: Mapping[str, int]) -> bytes:
     """The cubin of ``source`` for sm_``architecture``, with ``options`` as macros. Raises CompilationError."""
     nvrtc, _ = bindings()
     flags = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{key}={options[key]}" for key in options)]
@@ -64,7 +74,7 @@ def compile_source(source: str, name: str, architecture: int, options: Mapping[s
     return cubin
 
 
-def cubin_of(source: str, name: str, architecture: int, options: Mapping[str, int]) -> bytes:
+def cubin_of(source: str, name: str, architecture: int | str, options: Mapping[str, int]) -> bytes:
     """``compile_source``, from disk if it was compiled before; a cache that cannot be written is done without."""
     nvrtc, _ = bindings()
     key = repr((source, architecture, sorted(options.items()), _checked(nvrtc.nvrtcVersion(), "nvrtcVersion")))
@@ -86,10 +96,14 @@ def cubin_of(source: str, name: str, architecture: int, options: Mapping[str, in
 class Function:
     """A kernel, ready to launch on any device of its architecture."""
 
-    def __init__(self, library: Any, name: str, shared_bytes: int = 0) -> None:
-        assert shared_bytes <= 48 * 1024, "more shared memory has to be asked for, device by device"
+    def __init__(self, library: Any, name: str, shared_bytes: int = 0, index: int = 0) -> None:
+        """More than 48 KB of shared memory are asked for on the device of this ``index`` only."""
         _, driver = bindings()
         kernel = _checked(driver.cuLibraryGetKernel(library, name.encode()), f"cuLibraryGetKernel({name})")
+        if shared_bytes > 48 * 1024:
+            most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            device = _checked(driver.cuDeviceGet(index), "cuDeviceGet")
+            _checked(driver.cuKernelSetAttribute(most, shared_bytes, kernel, device), "cuKernelSetAttribute")
         self.shared_bytes = shared_bytes
         self._driver, self._function = driver, driver.CUfunction(int(kernel))
 
@@ -134,8 +148,40 @@ class Function:
 
 
 @cache
-def library(source: str, name: str, architecture: int, options: tuple[tuple[str, int], ...]) -> Any:
+def library(source: str, name: str, architecture: int | str, options: tuple[tuple[str, int], ...]) -> Any:
     """The loaded cubin. Raises CompilationError."""
     _, driver = bindings()
     cubin = cubin_of(source, name, architecture, dict(options))
     return _checked(driver.cuLibraryLoadData(cubin, [], [], 0, [], [], 0), "cuLibraryLoadData")
+
+
+class TensorMap(ctypes.Structure):
+    """A box of a matrix, as the copy engine of compute capability 9.0 takes it: a kernel's argument of 128 bytes."""
+
+    _fields_ = [("opaque", ctypes.c_uint64 * 16)]
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, box: tuple[int, int]) -> TensorMap:
+        """Boxes of ``box`` [rows, columns] of a contiguous 16-bit ``matrix``, columns of 64 swizzled in shared memory.
+
+        Rows are multiples of 16 bytes, and so is the address. What lies beyond the edges is read as 0, and not written.
+        """
+        _, driver = bindings()
+        rows, columns = matrix.shape
+        kind = driver.CUtensorMapDataType
+        result = driver.cuTensorMapEncodeTiled(
+            kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+            if matrix.dtype == torch.bfloat16
+            else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            2,
+            matrix.data_ptr(),
+            [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
+            [driver.cuuint64_t(columns * matrix.element_size())],
+            [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
+            [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+        return cls.from_buffer_copy(ctypes.string_at(_checked(result, "cuTensorMapEncodeTiled").getPtr(), 128))

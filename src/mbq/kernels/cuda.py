@@ -1,4 +1,4 @@
-"""NVIDIA GPUs from compute capability 7.5 on: the kernel of ``decode.cu`` for few rows, one dense weight for many.
+"""NVIDIA GPUs from compute capability 7.5 on: ``decode.cu`` for few rows, ``prompt.cu`` or a dense weight for many.
 
 The words of a unit, 32 rows x 128 inputs, lie in the order in which its 32 lanes read them (``decode.cu`` says why):
 
@@ -23,19 +23,19 @@ from __future__ import annotations
 import ctypes
 import warnings
 from functools import cache
-from importlib import resources
 
 import torch
 import torch.nn.functional as F
 
 from mbq.errors import MBQError, MBQWarning
-from mbq.kernels import compiled
-from mbq.kernels.packed import PackedWeight, unpack_weight
+from mbq.kernels import compiled, prompt
+from mbq.kernels.packed import PackedWeight, Pointers, unpack_weight
 from mbq.scheme import Scheme
 
 TILE, UNIT, WARPS = 32, 128, 12
 GROUPS = (32, 64, 128, None)
-LAUNCH_ROWS, PACKED_ROWS = 16, 80  # rows of x that a launch takes; more than the latter go through a dense weight
+LAUNCH_ROWS = 16  # rows of x that a launch takes
+PROMPT_ROWS, PACKED_ROWS = 64, 80  # more are a prompt's where prompt.cu runs; elsewhere, where it does not
 SPLIT, SPLIT_UNITS = 2, 50  # blocks that share tiles where x has that many units: 16 rows of it are more than an L1
 
 
@@ -140,11 +140,14 @@ def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> 
             kinds = f"{what} is {tensor.dtype}, and the weight's scales are {weight.scale.dtype}".replace("torch.", "")
             raise MBQError(f"{kinds}; load the model with one dtype.")
     rows = x.numel() // inputs
-    if rows > PACKED_ROWS:
-        return F.linear(x, dense(weight), bias)
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()
+    product = prompt.linear(x, weight, bias) if rows > PROMPT_ROWS else None
+    if product is not None:
+        return product
+    if rows > PACKED_ROWS:
+        return F.linear(x, dense(weight), bias)
     y = x.new_empty(*x.shape[:-1], outputs)
     for first in range(0, rows, LAUNCH_ROWS):
         _multiply(x, weight, bias, y, first, min(rows - first, LAUNCH_ROWS))
@@ -163,7 +166,7 @@ def _multiply(
     clusters = max(clusters, -(-tiles // WARPS))  # a warp's run of units meets two tiles at most
     arguments = [
         ctypes.c_void_p(x.data_ptr() + first * inputs * size),
-        _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
+        Pointers.of(weight),
         ctypes.c_void_p(bias.data_ptr() if bias is not None else None),
         ctypes.c_void_p(y.data_ptr() + first * outputs * size),
         *(ctypes.c_uint(each) for each in (rows, outputs, inputs)),
@@ -181,16 +184,12 @@ def dense(weight: PackedWeight) -> torch.Tensor:
     y = torch.empty(outputs, inputs, dtype=weight.scale.dtype, device=device)
     function = _function("dense", _options(weight.scheme, y.dtype, 8, inputs), device.index or 0)
     arguments = [
-        _Weight(weight.words.data_ptr(), weight.scale.data_ptr()),
+        Pointers.of(weight),
         ctypes.c_void_p(y.data_ptr()),
         *(ctypes.c_uint(each) for each in (outputs, inputs, tiles, units)),
     ]
     function.launch(device, -(-tiles * units // 8), 256, arguments, early=_architecture(device.index or 0) >= 90)
     return y
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "sets")]
 
 
 class _Plan(ctypes.Structure):
@@ -236,8 +235,7 @@ def _options(
 
 @cache
 def _function(name: str, options: tuple[tuple[str, int], ...], index: int) -> compiled.Function:
-    source = resources.files("mbq.kernels").joinpath("decode.cu").read_text()
-    library = compiled.library(source, "decode.cu", _architecture(index), options)
+    library = compiled.library(compiled.read_source("decode.cu"), "decode.cu", _architecture(index), options)
     shared = WARPS * 2 * dict(options)["COLUMNS"] * TILE * 4 if name == "linear" else 0
     return compiled.Function(library, name, shared)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,16 @@ class PackedWeight:
     zero_point: torch.Tensor | None
     shape: tuple[int, int]
     scheme: Scheme
+
+
+class Pointers(ctypes.Structure):
+    """A weight that the CUDA kernels prepared, as they get it: ``struct Weight`` of ``codes.cuh``."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("words", "sets")]
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> Pointers:
+        return cls(weight.words.data_ptr(), weight.scale.data_ptr())
 
 
 def is_packed(scheme: Scheme) -> bool:
