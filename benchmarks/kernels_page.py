@@ -157,7 +157,12 @@ def page(stored: Path) -> str:
     if not runs:
         parts.append("No run is stored here yet.\n")
     parts += [_quoted()]
-    for name, section in (("prefill", sections.prompt), ("decode_step", sections.step)):
+    stored_sections = (
+        ("prefill", sections.prompt),
+        ("prefill-humming", sections.prompt_with_humming),
+        ("decode_step", sections.step),
+    )
+    for name, section in stored_sections:
         path = stored / f"{name}.json"
         if path.exists():
             parts.append(section(read(path)))

@@ -22,6 +22,10 @@ and W8A8 quantize x in the call; "quantization" is that part by itself.
 `_int_mm` is cuBLAS's int8 product without it. Humming is timed on one copy of a weight, which may stay in the L2.
 """
 
+EARLIER = """An earlier run, with Humming. It timed one way after the other, and the GPU's power limit slows whoever is
+late, so that its ratios are not comparable with those above; W3A16 still made a 16-bit weight in every call.
+"""
+
 STEP = """One token through the language model, random weights, bf16 activations, a static cache, as one CUDA graph:
 recorded from transformers' code as it is, or from what torch.compile makes of it. The ratio is the time of bf16 with
 transformers' own attention (sdpa) over the row's. Tokens a second are those of `generate`, prompt included. "Without
@@ -44,7 +48,6 @@ def prompt(report: dict[str, Any]) -> str:
     lines = [
         "## A prompt\n",
         f"`{report['command']}` on {report['device']}, torch {report['torch']}, {report['dtype']}.\n",
-        *([f"{report['note']}\n"] if "note" in report else []),
         PROMPT,
         markdown(["rows of x", *ways], [_layer_row(times, ways, rows) for rows in counts]),
         f"\nBy shape, {PROMPT_ROWS:,} rows:\n",
@@ -55,6 +58,15 @@ def prompt(report: dict[str, Any]) -> str:
         lines += ["Against the bars:\n", _prompt_goals(times), ""]
     lines += [_dense(times), _takeover(report.get("takeover", []))]
     return "\n".join(lines)
+
+
+def prompt_with_humming(report: dict[str, Any]) -> str:
+    """``report`` is what an earlier ``benchmarks.prefill --peers humming --output`` wrote."""
+    times = {(run["way"], run["shape"], run["rows"]): run["microseconds"] for run in report["runs"]}
+    ways = [way for way in dict.fromkeys(run["way"] for run in report["runs"]) if (way, "qkv", PROMPT_ROWS) in times]
+    counts = sorted({rows for _, _, rows in times if rows})
+    made = f"`{report['command']}` at commit 854561c on {report['device']}, torch {report['torch']}.\n"
+    return "\n".join([EARLIER, made, markdown(["rows of x", *ways], [_layer_row(times, ways, n) for n in counts]), ""])
 
 
 def _layer(times: dict[Any, float], way: str, rows: int) -> float | None:
