@@ -196,7 +196,7 @@ def test_what_cannot_be_exported_leaves_nothing(
         ),
         ({"method": "rtn"}, "--method rtn equalizes nothing to export; choose one of smoothquant, awq, fixed, mbq"),
         ({"method": "magic"}, "Unknown method 'magic'"),
-        ({"data": None}, "mbq calibrates on image-text pairs; give them with --data"),
+        ({"data": None}, r"mbq calibrates on image-text pairs; give them with --data\.$"),
     ]:
         with pytest.raises(MBQError, match=sentence):
             mbq.export(float_folder("internvl"), output=output, **{**options, **wrong})

@@ -432,7 +432,7 @@ def families_command(
     markdown: Annotated[bool, typer.Option("--markdown", help="The table of docs/families.md.")] = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Show which model families mbq knows, and what it does to them."""
+    """Show which model families mbq knows, and what it does to them (--markdown: all of it)."""
     from mbq.family_table import family_table, markdown_table, refused_lines
 
     if markdown:

@@ -88,6 +88,8 @@ def export(
     check_format(format, method)
     rows = data if isinstance(data, list) else None
     recipe = Recipe.of(scheme=scheme, method=method, data=None if rows else data, images=images, **options)
+    if recipe.needs_data and not (rows or recipe.data):
+        raise MBQError(f"{recipe.method} calibrates on image-text pairs; give them with --data.")
     made = make(FORMATS[format], model, processor, recipe, rows, output, resume, progress, announce)
     assert made.folder is not None, "make was given an output"
     return ExportResult(
