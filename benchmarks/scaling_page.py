@@ -29,8 +29,8 @@ Written by `python -m benchmarks.scaling_page` from `benchmarks/results/search/`
 are Qwen2-VL's, random weights whose channels spread as in trained models, W3A16 in groups of 128 by MBQ (MAE); no
 vision tower runs. The process's memory is the highest of the whole run up to then, imports and CUDA's own included.
 GPUs ran commit 5e9effd, the CPU 269e460. The 72B has three of its 80 blocks here: seconds a block and the memory of the
-device are those of all 80, the memory of the process is not. "Planned" is what a run printed before its first block; the
-time leaves out transfers and the rounding of weights.
+device are those of all 80, the memory of the process is not. "Planned" is what a run printed before its first block;
+its time leaves out transfers and the rounding of weights.
 """
 
 DEMO = """
