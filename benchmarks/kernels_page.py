@@ -63,7 +63,8 @@ as a CUDA graph. Where `mbq.load` put a model on a GPU, decode steps over a stat
 multiplied in 8 bits next is quantized as it is computed.
 
 `make test` on a machine with a GPU tests all of this there, `python -m pytest -m gpu` only what needs one, and
-`compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py` finds accesses out of bounds.
+`compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py tests/test_prompts.py` finds
+accesses out of bounds.
 
 ## The packed layout
 

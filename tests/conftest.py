@@ -74,3 +74,16 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(calibration: Path) -> dict[str, Any]:
     images = calibration.parent / "images"
     return {"data": calibration, "images": images, "num_calibration_samples": 4, "batch_size": 2, "device": "cpu"}
+
+
+@pytest.fixture
+def kernel_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where compiled CUDA sources go; skips where nothing compiles them."""
+    from mbq.kernels import compiled
+
+    try:
+        compiled.bindings()
+    except compiled.CompilationError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("MBQ_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -6,44 +6,20 @@ import ctypes
 import itertools
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from mbq.errors import MBQError
-from mbq.kernels import KERNELS, choose, compiled, cuda, prompt
+from mbq.kernels import KERNELS, choose, compiled, cuda
 from mbq.kernels.operator import linear
 from mbq.kernels.packed import PackedWeight, Pointers, pack_weight
-from mbq.qtensor import QTensor, dequantize, quantize
-from mbq.scheme import SCHEMES, Scheme, WeightScheme
+from mbq.qtensor import dequantize, quantize
+from mbq.scheme import SCHEMES, Scheme
+from tests.products import COMBINATIONS, check_result, random_weight, weight_only
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-COMBINATIONS = list(itertools.product((2, 3, 4, 8), (32, 64, 128, None), (True, False)))
-
-
-def weight_only(bits: int, group_size: int | None, symmetric: bool) -> Scheme:
-    return Scheme(f"W{bits}A16", WeightScheme(bits, symmetric, group_size))
-
-
-def random_weight(
-    scheme: Scheme, outputs: int, inputs: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0
-) -> tuple[QTensor, PackedWeight]:
-    """Codes and zero points over their whole range, some scales zero."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = scheme.weights
-    groups = inputs // weights.group_size if weights.group_size else 1
-    low, high = (-(2 ** (weights.bits - 1)), 2 ** (weights.bits - 1)) if weights.symmetric else (0, 2**weights.bits)
-    codes = torch.randint(low, high, (outputs, inputs), generator=generator)
-    scale = torch.rand(outputs, groups, generator=generator) * 0.02
-    scale[torch.rand(outputs, groups, generator=generator) < 0.05] = 0
-    zero = None
-    if not weights.symmetric:
-        zero = torch.randint(0, 2**weights.bits, (outputs, groups), generator=generator).to(torch.uint8).to(device)
-    codes = codes.to(torch.int8 if weights.symmetric else torch.uint8)
-    q = QTensor(codes.to(device), scale.to(dtype).to(device), zero, weights)
-    return q, pack_weight(q, scheme)
 
 
 # ---- the operator ----
@@ -139,16 +115,6 @@ def test_scales_lie_beside_their_units(group_size: int | None) -> None:
             assert made.scale[at].tolist() == [q.scale[row, group], q.zero_point[row, group]]
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    try:
-        compiled.bindings()
-    except compiled.CompilationError as error:
-        pytest.skip(str(error))
-    monkeypatch.setenv("MBQ_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 @pytest.mark.parametrize("architecture", [75, 80, 90])
 @pytest.mark.parametrize(
     ("bits", "group_size", "dtype", "columns", "split"),
@@ -160,7 +126,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_the_source_compiles(
-    cache: Path, architecture: int, bits: int, group_size: int | None, dtype: torch.dtype, columns: int, split: int
+    kernel_cache: Path,
+    architecture: int,
+    bits: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+    columns: int,
+    split: int,
 ) -> None:
     if architecture < 80:
         dtype = torch.float16
@@ -170,75 +142,17 @@ def test_the_source_compiles(
     options = dict(cuda._options(weight_only(bits, group_size, False), dtype, columns, 512, split))
     cubin = compiled.cubin_of(source, "decode.cu", architecture, options)
     assert cubin.startswith(b"\x7fELF")
-    [kept] = cache.iterdir()
+    [kept] = kernel_cache.iterdir()
     kept.write_bytes(b"from disk")
     assert compiled.cubin_of(source, "decode.cu", architecture, options) == b"from disk"
 
 
-@pytest.mark.parametrize(
-    ("bits", "group_size", "dtype", "tile"),
-    [
-        (2, None, torch.float16, 64),
-        (3, 128, torch.bfloat16, 256),
-        (3, 64, torch.float16, 240),
-        (4, 32, torch.bfloat16, 192),
-        (8, 128, torch.float16, 96),
-    ],
-)
-def test_the_source_for_prompts_compiles(
-    cache: Path, bits: int, group_size: int | None, dtype: torch.dtype, tile: int
-) -> None:
-    _, packed = random_weight(weight_only(bits, group_size, False), 8, 128, dtype)
-    options = dict(prompt.options(packed, dtype, tile))
-    assert compiled.cubin_of(compiled.read_source("prompt.cu"), "prompt.cu", "90a", options).startswith(b"\x7fELF")
-
-
-@pytest.mark.parametrize("tile", prompt.ROWS)
-def test_a_prompt_kernel_fits_a_multiprocessor(tile: int) -> None:
-    _, packed = random_weight(SCHEMES["W3A16"], 8, 128, torch.float16)
-    stages = dict(prompt.options(packed, torch.float16, tile))["STAGES"]
-    assert stages >= 4
-    assert prompt.shared_bytes(tile, stages) <= prompt.SHARED_BYTES
-
-
-@pytest.mark.parametrize(
-    ("rows", "outputs", "tile"), [(2048, 37888, 256), (2048, 4608, 192), (2048, 3584, 240), (81, 8, 64)]
-)
-def test_tiles_of_a_prompt_fill_the_gpu(rows: int, outputs: int, tile: int) -> None:
-    """On 66 clusters: 18 rounds of 1,184 pairs of tiles, 3 of 198, 2 of 126; one of two."""
-    assert prompt.rows_of_tile(rows, outputs, 66) == tile
-
-
-@pytest.mark.parametrize("rows", [81, 2048, 8192, 8193, 100_000])
-def test_bands_of_a_prompt_are_equal(rows: int) -> None:
-    order = prompt.order_of(rows, 4608, 240)
-    assert order.row_tiles == -(-rows // 240)
-    assert order.total == order.row_tiles * order.pairs
-    assert order.band <= prompt.BAND
-    assert -(-order.row_tiles // order.band) * order.band - order.row_tiles < order.band
-
-
-def test_a_prompt_goes_on_where_its_kernel_cannot_be_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*args: object) -> None:
-        raise compiled.CompilationError("NVRTC cannot compile prompt.cu for sm_90a: no such architecture")
-
-    monkeypatch.setattr(compiled, "library", failing)
-    prompt._function.cache_clear()
-    with pytest.warns(
-        UserWarning, match=r"through a 16-bit weight, slower: NVRTC cannot compile .* architecture"
-    ) as told:
-        found = [prompt._function((("ROWS", 64), ("STAGES", 4)), 0) for _ in range(2)]
-    prompt._function.cache_clear()
-    assert found == [None, None]
-    assert len(told) == 1
-
-
-def test_an_unwritable_cache_is_done_without(cache: Path) -> None:
-    cache.write_text("a file where the folder should be")
+def test_an_unwritable_cache_is_done_without(kernel_cache: Path) -> None:
+    kernel_cache.write_text("a file where the folder should be")
     assert compiled.cubin_of('extern "C" __global__ void k() {}', "k.cu", 80, {}).startswith(b"\x7fELF")
 
 
-def test_a_compilation_that_fails_says_why(cache: Path) -> None:
+def test_a_compilation_that_fails_says_why(kernel_cache: Path) -> None:
     with pytest.raises(compiled.CompilationError, match=r"NVRTC cannot compile k\.cu for sm_90: .*error"):
         compiled.cubin_of("what is this", "k.cu", 90, {})
 
@@ -391,27 +305,6 @@ def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
 # ---- on a GPU ----
 
 
-def check_result(y: torch.Tensor, q: QTensor, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-    """Within one rounding of the result, and that of float32 sums, or of the weight for many rows.
-
-    On a GPU tensor cores cut float32 sums off instead of rounding them, and decode.cu adds up offset + code, where the
-    offset is the mantissa's range at most, and takes off offset and zero, added up the same way: two such sums.
-    """
-    dense = dequantize(replace(q, scale=q.scale.double()))
-    expected = x.double() @ dense.T + (0 if bias is None else bias.double())
-    eps = torch.finfo(y.dtype).eps
-    bound = eps * expected.abs() + 1e-6
-    terms = x.double().abs() @ dense.abs().T
-    if len(x) > cuda.PROMPT_ROWS:
-        bound += eps * terms
-    elif not x.is_cuda:
-        bound += 1e-5 * terms
-    else:
-        scale = q.scale.double().repeat_interleave(x.shape[1] // q.scale.shape[1], dim=1)
-        bound += 2 * 2.0**-23 * (1 / eps + 2**q.scheme.bits) * (x.double().abs() @ scale.T)
-    assert ((y.double() - expected).abs() <= bound).all()
-
-
 def check_products(scheme: Scheme, rows: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> None:
     q, packed = random_weight(scheme, outputs, inputs, dtype, "cuda", seed=rows)
     weight = cuda.prepare(packed)
@@ -442,81 +335,6 @@ def test_products_are_those_of_the_dense_weight(
             check_products(scheme, rows, 72, 160, dtype, bias=True)
         if group_size is None:
             check_products(scheme, rows, 72, 200, dtype, bias=True)
-
-
-HOPPER = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
-
-
-def check_prompt(scheme: Scheme, rows: int, outputs: int, inputs: int, dtype: torch.dtype, bias: bool) -> None:
-    """Its own kernel, on memory that was not a number before, and no row or output beside its own."""
-    q, packed = random_weight(scheme, outputs, inputs, dtype, "cuda", seed=rows)
-    weight = cuda.prepare(packed)
-    x = torch.randn(rows, inputs, dtype=dtype, device="cuda")
-    offset = torch.randn(outputs, dtype=dtype, device="cuda") if bias else None
-    found = []
-    for _ in range(2):
-        torch.full((rows, outputs), torch.nan, dtype=dtype, device="cuda")  # freed at once, and taken for the result
-        found.append(prompt.linear(x, weight, offset))
-    assert found[0] is not None
-    check_result(found[0], q, x, offset)
-    assert torch.equal(*found), "not the same from run to run"
-
-
-@HOPPER
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), COMBINATIONS)
-def test_prompts_are_products_of_the_dense_weight(
-    bits: int, group_size: int | None, symmetric: bool, dtype: torch.dtype
-) -> None:
-    scheme = weight_only(bits, group_size, symmetric)
-    reason = cuda.supports(scheme, (8, 128), torch.device("cuda"), dtype)
-    if reason:
-        pytest.skip(reason)
-    shapes = [(8, 128), (1000, 384), (4104, 1024)]
-    shapes += [(72, 160)] if group_size == 32 else [(72, 200)] if group_size is None else []
-    for rows, (outputs, inputs) in zip((81, 201, 129, 256), shapes, strict=False):
-        check_prompt(scheme, rows, outputs, inputs, dtype, bias=rows % 2 == 1)
-
-
-@HOPPER
-@pytest.mark.gpu
-@pytest.mark.parametrize("tile", prompt.ROWS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_prompts_in_tiles_of_every_size(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tile: int) -> None:
-    """Fewer and more tiles than clusters, several bands, and tiles that are cut off."""
-    monkeypatch.setattr(prompt, "ROWS", (tile,))
-    for rows, outputs, inputs in ((81, 40, 2176), (333, 4608, 1152), (1027, 8200, 256), (4095, 264, 128)):
-        check_prompt(SCHEMES["W3A16"], rows, outputs, inputs, dtype, bias=rows == 333)
-
-
-@HOPPER
-@pytest.mark.gpu
-def test_prompts_of_real_models() -> None:
-    for outputs, inputs in ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)):
-        check_prompt(SCHEMES["W3A16"], 2048, outputs, inputs, torch.bfloat16, bias=False)
-
-
-@HOPPER
-@pytest.mark.gpu
-def test_prompts_in_graphs_strided_and_with_outputs_that_do_not_fit() -> None:
-    q, packed = random_weight(SCHEMES["W3A16"], 644, 512, torch.float16, "cuda")
-    weight, wide = cuda.prepare(packed), torch.randn(3, 100, 1026, dtype=torch.float16, device="cuda")
-    assert prompt.linear(wide[0, :, :512].contiguous(), weight, None) is None  # 644 outputs are no multiple of 8
-    check_result(linear(wide[0, :, 1:513], weight, None, "cuda"), q, wide[0, :, 1:513], None)
-    q, packed = random_weight(SCHEMES["W3A16"], 648, 512, torch.float16, "cuda")
-    weight, x = cuda.prepare(packed), wide[..., 1:513]
-    y = linear(x, weight, None, "cuda")
-    assert y.shape == (3, 100, 648)
-    check_result(y.view(300, 648), q, x.reshape(300, 512), None)
-    graph, static = torch.cuda.CUDAGraph(), torch.zeros(300, 512, dtype=torch.float16, device="cuda")
-    with torch.cuda.graph(graph):
-        replayed = linear(linear(static, weight, None, "cuda")[:, :512].contiguous(), weight, None, "cuda")
-    static.copy_(x.reshape(300, 512))
-    graph.replay()
-    assert torch.equal(replayed, linear(y.view(300, 648)[:, :512].contiguous(), weight, None, "cuda"))
 
 
 @GPU
