@@ -1,0 +1,54 @@
+"""How to run a quantized model, in the words of its model card."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup, escape
+
+from mbq.checkpoint.compressed_tensors import loading_note, serving_note
+from mbq.errors import MBQError
+from mbq.report.subjects import Subject
+from mbq.scheme import SCHEMES, scheme_named
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What is true of all models of one scheme.
+
+    folders  of the models; examples take the first
+    notes    for transformers and for vLLM, as HTML
+    """
+
+    scheme: str
+    folders: tuple[str, ...]
+    trust: bool
+    transformers: Markup
+    engine: Markup
+
+
+def serving(subjects: Sequence[Subject]) -> list[Serving]:
+    """One for every scheme among the quantized models; schemes that this version does not know are left out."""
+    groups: dict[tuple[str, int | None, str | None, bool], list[str]] = {}
+    for subject in subjects:
+        recipe = subject.records.recipe
+        if recipe is not None:
+            options = (recipe.get("scheme"), recipe.get("group_size"), recipe.get("vision_tower"))
+            groups.setdefault((*options, recipe.get("trust_remote_code") is True), []).append(subject.place)
+    found = []
+    for (name, group_size, tower, trust), folders in groups.items():
+        try:
+            scheme = scheme_named(str(name), group_size)
+            others = {} if tower is None else {"": SCHEMES[tower]}
+        except (MBQError, KeyError, TypeError):
+            continue
+        notes = (code_marked(loading_note(scheme, others)), code_marked(serving_note(scheme)))
+        found.append(Serving(scheme.name, tuple(dict.fromkeys(folders)), trust, *notes))
+    return found
+
+
+def code_marked(markdown: str) -> Markup:
+    """A model card's sentence as HTML: escaped, and what stands between backticks as code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(markdown))))
