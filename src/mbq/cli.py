@@ -53,6 +53,7 @@ from mbq.options import (
     Verbose,
     VisionTower,
     VisionWeight,
+    WriteReport,
 )
 from mbq.progress import shown
 from mbq.recipe import Recipe
@@ -188,11 +189,13 @@ def quantize_command(
     activations: Activations = DEFAULT.activations,
     offload_folder: OffloadFolder = None,
     resume: Resume = False,
+    report: WriteReport = True,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Quantize a vision-language model and write it as a folder that mbq and transformers load."""
-    options = {name: value for name, value in locals().items() if name not in ("model", "output", "resume", "verbose")}
+    others = ("model", "output", "resume", "report", "verbose")
+    options = {name: value for name, value in locals().items() if name not in (*others, "others")}
     options["ignore"] = ignore or ()
     Recipe.of(**options)  # a wrong option is told before torch is imported
     from mbq.pipeline import quantize
@@ -200,7 +203,13 @@ def quantize_command(
     console = _errors()
     with shown(console) as progress:
         result = quantize(
-            model, output=output, resume=resume, progress=progress, announce=_announce(console), **options
+            model,
+            output=output,
+            resume=resume,
+            progress=progress,
+            announce=_announce(console),
+            report=report,
+            **options,
         )
     if ranks.rank() == 0:
         typer.echo(str(result))
@@ -407,6 +416,23 @@ def evaluate_command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+
+
+@command
+def report_command(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="Runs (mbq evaluate --output), folders of runs, or quantized folders."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page to write; an older report is replaced.", metavar="FILE")
+    ] = Path("report.html"),
+    verbose: Verbose = 0,
+) -> None:
+    """Write one page about quantized models and what they answered: charts, accuracy, answers side by side."""
+    from mbq.report import report
+
+    typer.echo(f"Wrote {report(folders, output)}.")
 
 
 @command

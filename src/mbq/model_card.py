@@ -98,6 +98,8 @@ def model_card(
 _FILES = {
     "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
     "search.json": "`search.json` holds the chosen alpha and the loss at every alpha, a group of linears a row.",
+    "measurements.json": "`measurements.json` holds what the run took: seconds a step, bytes, memory.",
+    "report.html": "`report.html` shows all of it, in any browser.",
 }
 
 

@@ -41,6 +41,7 @@ SearchTokens = Annotated[
 ]
 VisionTower = Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")]
 ShardSize = Annotated[str, typer.Option(help="Largest safetensors file.")]
+WriteReport = Annotated[bool, typer.Option("--report/--no-report", help="Write report.html into the folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Measured:
     bytes_before    of the float model's tensors
     bytes_after     of what it has become
     importance      of input channels, by linear, where the product asks for it
+    measurements    measurements.json
     """
 
     data_hash: str | None
@@ -47,6 +48,7 @@ class Measured:
     bytes_before: int
     bytes_after: int
     importance: Importance | None = None
+    measurements: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ class Product:
     measures: bool = False
 
 
-def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe, name: str, found: Measured) -> Path:
+def write_folder(
+    output: Path, binding: Binding, processor: Any, recipe: Recipe, name: str, found: Measured, report: bool = True
+) -> Path:
     """Write the folder, whole or not at all: weights, configs, tokenizer, processor, recipe, measurements, card.
 
-    ``name`` is the folder or hub id of the float model. Raises MBQError as ``new_folder`` does.
+    ``name`` is the folder or hub id of the float model; ``report`` adds report.html. Raises MBQError as ``new_folder``
+    does.
     """
     model: Any = binding.model
     base_model = base_name(name)
@@ -80,6 +85,9 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
         save_model(model, folder, quantization_config(recipe.numbers, ignore, others), recipe.max_shard_size)
         write_processor(folder, processor, recipe, name)
         text = write_records(folder, recipe, base_model, found)
+        write_json(folder / "measurements.json", found.measurements)
+        if report:
+            _write_report(folder, output.name)
         card = model_card(
             recipe,
             text,
@@ -87,7 +95,7 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
             folder_name=output.name,
             loading_note=f"{loading_note(recipe.numbers, others)}\n\n{serving_note(recipe.numbers)}",
             kept=tuple(ignore),
-            files=tuple(file.name for file in sorted(folder.glob("*.json"))),
+            files=tuple(file.name for file in sorted(folder.iterdir())),
             megabytes=(found.bytes_before / 1e6, sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -121,6 +129,15 @@ def write_records(folder: Path, recipe: Recipe, base_model: str, found: Measured
     if found.search:
         write_json(folder / "search.json", [row.to_json() for row in found.search])
     return text
+
+
+def _write_report(folder: Path, name: str) -> None:
+    """report.html, on what the folder holds by now. ``name`` is what the folder will have."""
+    from mbq.report import write
+    from mbq.report.page import page
+    from mbq.report.subjects import read_subject
+
+    write(page([read_subject(folder, name)]), folder / "report.html")
 
 
 def ignored(binding: Binding, recipe: Recipe) -> tuple[list[str], dict[str, Scheme]]:

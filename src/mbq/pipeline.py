@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,8 +26,9 @@ from mbq.errors import MBQError
 from mbq.finished import FinishedBlocks, linear_of
 from mbq.importance import importance
 from mbq.loading import check_finite, load_model, load_processor, model_folder, read_config, torch_device
+from mbq.measurements import measurements
 from mbq.methods import METHODS, Method, SearchOptions
-from mbq.output import QUANTIZED, Measured, Product
+from mbq.output import QUANTIZED, Measured, Product, write_folder
 from mbq.placement import Plan, make_plan, place
 from mbq.progress import Progress, silent
 from mbq.qlinear import QuantLinear
@@ -93,6 +95,7 @@ def quantize(
     resume: bool = False,
     progress: Progress = silent,
     announce: Callable[[Plan], None] | None = None,
+    report: bool = True,
     **options: Any,
 ) -> QuantizationResult:
     """Quantize a vision-language model, and write it to the new folder ``output`` if one is given.
@@ -101,6 +104,7 @@ def quantize(
     data     calibration rows: a file or folder that ``read_rows`` reads, or its rows; the method "rtn" needs none
     resume   go on with an unfinished run of the same ``output`` and options, block by block, if there is one
     announce  is called with where everything will be and about how long it takes, before anything is computed
+    report   write report.html into the folder, a page about what it holds
     options  the other fields of ``Recipe``
 
     Under torchrun the ranks share the samples of one quantization; each calls this with the same arguments.
@@ -109,7 +113,8 @@ def quantize(
     """
     rows = data if isinstance(data, list) else None
     recipe = Recipe.of(scheme=scheme, method=method, data=None if rows else data, images=images, **options)
-    return make(QUANTIZED, model, processor, recipe, rows, output, resume, progress, announce)
+    product = replace(QUANTIZED, write=partial(write_folder, report=report))
+    return make(product, model, processor, recipe, rows, output, resume, progress, announce)
 
 
 def make(
@@ -136,6 +141,7 @@ def make(
         rows = _rows(recipe, rows)  # before the model, which takes longer
         hashed = data_hash(_drawn(rows, recipe)) if rows else None
     with _state(model, output, product, recipe, hashed, chosen, resume) as state:
+        resumed = state is not None and state.begun
         with _timed(seconds, "load"):
             own, processor, name = _float_model(model, processor, recipe)
             binding = bind(own)
@@ -176,7 +182,8 @@ def make(
             after = weight_bytes(own)
         if finished is not None and output is not None:
             with _timed(seconds, "write"):
-                found = Measured(hashed, sensitivity, search, before, after, extra)
+                took = measurements(seconds, before, after, plan.device, resumed)
+                found = Measured(hashed, sensitivity, search, before, after, extra, took)
                 folder = product.write(Path(output), binding, processor, recipe, name, found)
         after, folder = ranks.from_first((after, folder))
     made = own if finished is not None else None

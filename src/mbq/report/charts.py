@@ -41,6 +41,7 @@ CONFIG: Spec = {
         "titleFontSize": 12,
         "titleFontWeight": 600,
         "labelLimit": 150,
+        "gridOpacity": 0.7,
     },
     "legend": {
         "orient": "top",
@@ -49,6 +50,7 @@ CONFIG: Spec = {
         "labelFontSize": 12,
         "titleFontSize": 12,
         "labelLimit": 260,
+        "symbolOpacity": 1,
         "columns": 2,
     },
     "title": {"color": "var(--ink)", "fontSize": 13, "anchor": "start"},
@@ -109,7 +111,7 @@ def modalities_by_block(rows: Rows, params: Mapping[str, Any], title: str, descr
         layer=[
             _rule(),
             {"mark": {"type": "line", "strokeWidth": 2}, "encoding": seen},
-            {"mark": {"type": "point", "filled": True, "size": 55}, "encoding": {**seen, "shape": shape}},
+            {"mark": {"type": "point", "filled": True, "size": 55, "opacity": 1}, "encoding": {**seen, "shape": shape}},
         ],
     )
 
@@ -157,7 +159,7 @@ def ratio_by_block(rows: Rows, params: Mapping[str, Any], description: str) -> S
             },
             {
                 "transform": lines,
-                "mark": {"type": "point", "filled": True, "size": 55},
+                "mark": {"type": "point", "filled": True, "size": 55, "opacity": 1},
                 "encoding": {"x": _BLOCK, "y": y, "color": colour, "shape": shape, "tooltip": tooltip},
             },
         ],
@@ -210,7 +212,7 @@ def alphas(rows: Rows, params: Mapping[str, Any], groups: Sequence[str], descrip
             },
             {
                 "transform": _where("datum.alpha == null"),
-                "mark": {"type": "text", "text": "×", "color": "var(--soft)", "fontSize": 16},
+                "mark": {"type": "text", "text": "\u00d7", "color": "var(--soft)", "fontSize": 16},
                 "encoding": {**place, "tooltip": why},
             },
             {"transform": _equal(params, "block", "group"), "mark": frame, "encoding": place},
@@ -296,7 +298,7 @@ def means(rows: Rows, labels: Sequence[str], kinds: Sequence[str], description: 
     ]
     where = {"y": y, "yOffset": offset, "color": colour, "tooltip": tooltip}
     title = "right answers, % (95 % interval)"
-    scale = {"zero": False, "padding": 8}
+    scale = {"zero": False, "nice": False, "padding": 10}
     return _spec(
         description,
         rows,

@@ -11,7 +11,7 @@ from mbq.errors import MBQError
 from mbq.report import charts
 from mbq.report.panel import Chart, Panel, Table, chooser, key
 from mbq.report.subjects import Subject
-from mbq.report.wording import PARTS, duration, number
+from mbq.report.wording import NOTHING, PARTS, duration, number
 
 ALPHA_STEPS = 20  # mbq.equalization.ALPHAS, whose module imports torch
 MODALITIES = charts.MODALITIES
@@ -110,7 +110,9 @@ def search_panel(subjects: Sequence[Subject]) -> Panel | None:
     curves = [{name: row[name] for name in ("model", "block", "group", "alpha", "losses")} for row in rows]
     readout = {}
     for row in rows:
-        at = [row["model"]] * (len(labels) > 1) + [row["block"]] * (len(blocks) > 1) + [row["group"]] * (len(groups) > 1)
+        at = (
+            [row["model"]] * (len(labels) > 1) + [row["block"]] * (len(blocks) > 1) + [row["group"]] * (len(groups) > 1)
+        )
         readout[key(*at)] = f"Block {row['block']}, {row['group']}: {_outcome(row)}."
     about = "The alpha chosen for each group of linears (rows) of each block (columns)."
     curve = "The search's loss at every alpha for the chosen block and group; the choice is marked."
@@ -163,11 +165,11 @@ def _outcome(row: dict[str, Any]) -> str:
 
 
 def _alpha(row: dict[str, Any]) -> str:
-    return row["skipped"] or "–" if row["alpha"] is None else f"{row['alpha']:.2f}"
+    return row["skipped"] or NOTHING if row["alpha"] is None else f"{row['alpha']:.2f}"
 
 
 def _cells(values: Sequence[Any], count: int) -> list[str]:
-    return [number(value) for value in values] or ["–"] * count
+    return [number(value) for value in values] or [NOTHING] * count
 
 
 def diagnosis_panel(subjects: Sequence[Subject]) -> Panel | None:
@@ -233,7 +235,9 @@ def diagnosis(subject: Subject) -> Diagnosis:
     content = subject.records.diagnosis or {}
     texts = ("title", "evidence", "advice")
     findings = [
-        {name: str(each.get(name, "")) for name in texts} for each in content.get("findings") or () if hasattr(each, "get")
+        {name: str(each.get(name, "")) for name in texts}
+        for each in content.get("findings") or ()
+        if hasattr(each, "get")
     ]
     answers = content.get("answers")
     counts = [(str(kind), str(count)) for kind, count in answers.items()] if isinstance(answers, dict) else []

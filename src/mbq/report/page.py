@@ -18,6 +18,7 @@ from mbq.recipe import Recipe
 from mbq.report import wording
 from mbq.report.accuracy import Comparison, accuracy_panel, comparisons, history_panel, results_of
 from mbq.report.charts import CONFIG
+from mbq.report.figures import figure_tables
 from mbq.report.making import diagnosis, diagnosis_panel, search_panel, sensitivity_panel, time_panel
 from mbq.report.panel import Panel
 from mbq.report.pictures import Pictures
@@ -34,8 +35,10 @@ def page(subjects: Sequence[Subject]) -> str:
     """The HTML of a report on ``subjects``. Raises MBQError for records that are not what mbq writes."""
     compared = comparisons(subjects)
     pictures = Pictures()
+    answered = [accuracy_panel(each) for each in compared]
     evaluated = [
-        {"comparison": each, "panel": accuracy_panel(each), "questions": questions(each, pictures)} for each in compared
+        {"comparison": each, "panel": panel, "questions": questions(each, pictures)}
+        for each, panel in zip(compared, answered, strict=True)
     ]
     making = {
         "sensitivity": sensitivity_panel(subjects),
@@ -45,7 +48,7 @@ def page(subjects: Sequence[Subject]) -> str:
         "history": history_panel(compared),
     }
     diagnosed = [diagnosis(subject) for subject in subjects if subject.records.diagnosis]
-    panels = [panel for panel in (*making.values(), *(each["panel"] for each in evaluated)) if panel is not None]
+    panels = [panel for panel in (*making.values(), *answered) if panel is not None]
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,
@@ -66,6 +69,7 @@ def page(subjects: Sequence[Subject]) -> str:
         rows=overview(subjects, compared),
         single=next(iter(subjects)) if len(subjects) == 1 and subjects[0].quantized else None,
         evaluated=evaluated,
+        figures=figure_tables(subjects),
         diagnosed=diagnosed,
         directions=DIRECTIONS,
         pictures=pictures,
@@ -137,7 +141,7 @@ def _overview(subject: Subject, comparison: Comparison | None) -> Overview:
     measured = subject.records.measurements or {}
     seconds = measured.get("seconds")
     kind = f"{subject.scheme}, {wording.METHODS.get(subject.method, subject.method)}" if subject.quantized else "float"
-    accuracy = difference = "–"
+    accuracy = difference = wording.NOTHING
     if comparison is not None:
         results = results_of(subject)
         accuracy = wording.percent(results.mean())
@@ -149,18 +153,18 @@ def _overview(subject: Subject, comparison: Comparison | None) -> Overview:
         kind,
         wording.size(_at(measured, "bytes", "before")),
         wording.size(subject.bytes if subject.bytes is not None else _at(measured, "bytes", "after")),
-        wording.duration(sum(seconds.values())) if isinstance(seconds, Mapping) else "–",
+        wording.duration(sum(seconds.values())) if isinstance(seconds, Mapping) else wording.NOTHING,
         memory(measured),
         accuracy,
         difference,
-        f"{wording.duration(info.get('seconds'))} on {info.get('device', '?')}" if info else "–",
+        f"{wording.duration(info.get('seconds'))} on {info.get('device', '?')}" if info else wording.NOTHING,
     )
 
 
 def memory(measured: Mapping[str, Any]) -> str:
     peak = measured.get("peak_memory")
     if not isinstance(peak, Mapping):
-        return "–"
+        return wording.NOTHING
     parts = [wording.size(peak.get("process"))]
     if peak.get("device") is not None:
         parts.append(f"{wording.size(peak['device'])} on the GPU")
@@ -202,7 +206,7 @@ def _plain(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     if value is None or value == []:
-        return "–"
+        return wording.NOTHING
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

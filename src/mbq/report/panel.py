@@ -37,7 +37,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows`` hold a cell a column of ``head``; the first cell heads its row. ``strong`` are rows that sum others up."""
+    """``rows`` hold a cell a column of ``head``, the first of which heads its row; ``strong`` rows sum others up."""
 
     caption: str
     head: Sequence[str]

@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """``known`` is how many the runs hold, of which ``shown`` were taken, evenly over the tasks, changed answers first."""
+    """``known`` is how many the runs hold; ``shown`` are taken evenly over the tasks, changed answers first."""
 
     shown: tuple[Question, ...]
     known: int
@@ -58,7 +58,9 @@ def questions(comparison: Comparison, pictures: Pictures) -> Questions:
     places = dict.fromkeys(place for kept in answers.values() for place in kept)
     found = {}
     for place in places:
-        said = tuple(_said(subject, comparison, answers[subject.label].get(place), place) for subject in comparison.subjects)
+        said = tuple(
+            _said(subject, comparison, answers[subject.label].get(place), place) for subject in comparison.subjects
+        )
         found[place] = said
     chosen = _evenly(found, comparison)
     tasks = list(results_of(comparison.baseline).tasks)

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from mbq.checkpoint.compressed_tensors import loading_note, serving_note
 from mbq.errors import MBQError
 from mbq.report.subjects import Subject
-from mbq.scheme import SCHEMES, scheme_named
+from mbq.scheme import SCHEMES, Scheme, scheme_named
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,18 @@ class Serving:
 
 def serving(subjects: Sequence[Subject]) -> list[Serving]:
     """One for every scheme among the quantized models; schemes that this version does not know are left out."""
-    groups: dict[tuple[str, int | None, str | None, bool], list[str]] = {}
+    groups: dict[tuple[Scheme, Scheme | None, bool], list[str]] = {}
     for subject in subjects:
-        recipe = subject.records.recipe
-        if recipe is not None:
-            options = (recipe.get("scheme"), recipe.get("group_size"), recipe.get("vision_tower"))
-            groups.setdefault((*options, recipe.get("trust_remote_code") is True), []).append(subject.place)
-    found = []
-    for (name, group_size, tower, trust), folders in groups.items():
+        recipe = subject.records.recipe or {}
         try:
-            scheme = scheme_named(str(name), group_size)
-            others = {} if tower is None else {"": SCHEMES[tower]}
-        except (MBQError, KeyError, TypeError):
+            scheme = scheme_named(recipe["scheme"], recipe.get("group_size"))
+            tower = None if recipe.get("vision_tower") is None else SCHEMES[recipe["vision_tower"]]
+        except (AttributeError, LookupError, TypeError, MBQError):
             continue
+        groups.setdefault((scheme, tower, recipe.get("trust_remote_code") is True), []).append(subject.place)
+    found = []
+    for (scheme, tower, trust), folders in groups.items():
+        others = {} if tower is None else {"": tower}
         notes = (code_marked(loading_note(scheme, others)), code_marked(serving_note(scheme)))
         found.append(Serving(scheme.name, tuple(dict.fromkeys(folders)), trust, *notes))
     return found

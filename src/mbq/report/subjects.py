@@ -85,7 +85,8 @@ class Subject:
 
 
 def read_subjects(paths: Iterable[str | Path]) -> list[Subject]:
-    """Runs, folders of runs and quantized folders, in the order given; a model's folder and its run become one.
+    """Runs, folders of runs and quantized folders, in the order given but float models first; a model's folder and its
+    run become one.
 
     Raises MBQError for a folder that is neither, or is damaged.
     """
@@ -95,7 +96,7 @@ def read_subjects(paths: Iterable[str | Path]) -> list[Subject]:
             found = _joined(found, read_subject(folder))
     if not found:
         raise MBQError("A report is about something; give runs (mbq evaluate --output) or quantized folders.")
-    return _labelled(found)
+    return sorted(_labelled(found), key=lambda subject: subject.quantized)
 
 
 def read_subject(folder: Path, name: str | None = None) -> Subject:

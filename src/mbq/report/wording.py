@@ -9,18 +9,19 @@ from mbq.evaluation.statistics import Interval
 PARTS = {"attn": "attention", "mlp": "MLP"}
 METHODS = {"rtn": "RTN", "awq": "AWQ", "mbq": "MBQ", "smoothquant": "SmoothQuant", "fixed": "fixed factor"}
 MINUS = "\u2212"
+NOTHING = "\u2013"  # in a cell that has no number
 
 
 def size(count: Any) -> str:
     """Bytes as MB or GB; a dash for what is not known."""
     if not isinstance(count, int | float):
-        return "–"
+        return NOTHING
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 
 def duration(seconds: Any) -> str:
     if not isinstance(seconds, int | float):
-        return "–"
+        return NOTHING
     if seconds < 120:
         return f"{seconds:.1f} s"
     minutes = seconds / 60
@@ -29,7 +30,7 @@ def duration(seconds: Any) -> str:
 
 def number(value: Any) -> str:
     """Three digits that count."""
-    return f"{value:.3g}" if isinstance(value, int | float) else "–"
+    return f"{value:.3g}" if isinstance(value, int | float) else NOTHING
 
 
 def percent(interval: Interval) -> str:

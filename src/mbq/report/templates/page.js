@@ -9,6 +9,7 @@
     renderer: "svg",
     ast: true, // expressions are interpreted: the page's policy forbids code made from text
     actions: false,
+    logLevel: vega.Error,
     defaultStyle: false,
     tooltip: { disableDefaultStyle: true },
     config: drawings.config,
