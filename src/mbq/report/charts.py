@@ -170,7 +170,14 @@ def _rule() -> Spec:
     """A line at the block that the controls chose."""
     return {
         "transform": [*_where("datum.block == block"), {"aggregate": [], "groupby": ["block"]}],
-        "mark": {"type": "rule", "stroke": "var(--edge)", "strokeWidth": 14, "opacity": 0.35, "tooltip": None},
+        "mark": {
+            "type": "rule",
+            "stroke": "var(--edge)",
+            "strokeWidth": 14,
+            "opacity": 0.35,
+            "tooltip": None,
+            "aria": False,
+        },
         "encoding": {"x": _BLOCK},
     }
 
@@ -197,7 +204,14 @@ def alphas(rows: Rows, params: Mapping[str, Any], groups: Sequence[str], descrip
         "scale": {"scheme": "viridis", "domain": [0, 1]},
         "legend": {"title": "alpha", "gradientLength": 160},
     }
-    frame = {"type": "rect", "fill": "transparent", "stroke": "var(--ink)", "strokeWidth": 3, "tooltip": None}
+    frame = {
+        "type": "rect",
+        "fill": "transparent",
+        "stroke": "var(--ink)",
+        "strokeWidth": 3,
+        "tooltip": None,
+        "aria": False,
+    }
     return _spec(
         description,
         rows,
@@ -347,7 +361,7 @@ def differences(rows: Rows, params: Mapping[str, Any], tasks: Sequence[str], bas
     ]
     title = f"points less {baseline} (paired 95 % interval)"
     where = {"y": y, "color": colour, "tooltip": tooltip}
-    zero = {"type": "rule", "color": "var(--edge)", "strokeDash": [4, 3], "tooltip": None}
+    zero = {"type": "rule", "color": "var(--edge)", "strokeDash": [4, 3], "tooltip": None, "aria": False}
     return _spec(
         description,
         rows,

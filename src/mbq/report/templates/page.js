@@ -49,7 +49,7 @@
       for (const view of views) view.runAsync();
       if (readout) readout.textContent = sentences[controls.map((control) => control.value).join("\x1f")] ?? "Not recorded.";
     };
-    panel.addEventListener("input", update);
+    for (const event of ["input", "change"]) panel.addEventListener(event, update);
     for (const place of panel.querySelectorAll("[data-chart]")) {
       const { view } = await vegaEmbed(place, drawings.charts[place.dataset.chart], options);
       view.addEventListener("click", (_, item) => item && item.datum && choose(panel, item.datum));
@@ -82,10 +82,12 @@
       more.hidden = found <= limit;
     };
     form.addEventListener("submit", (event) => event.preventDefault());
-    form.addEventListener("input", () => {
-      limit = page;
-      update();
-    });
+    for (const event of ["input", "change"]) {
+      form.addEventListener(event, () => {
+        limit = page;
+        update();
+      });
+    }
     more.addEventListener("click", () => {
       limit += page;
       update();
