@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 ENGINES := .venv-engines
 SERVED := build/engines
 
-.PHONY: demo test test-engines check format wheel clean
+.PHONY: demo test test-engines browser check format wheel clean
 
 # Every run has a folder of its own, so that nothing is overwritten.
 demo: $(INSTALLED)
@@ -14,7 +14,17 @@ demo: $(INSTALLED)
 
 # The tiny models of the tests gain nothing from several threads each; two processes do.
 test: $(INSTALLED)
+	@command -v chromedriver > /dev/null || echo "No Chromium with its driver is here: the report is not tested in a browser (make browser installs it)."
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# Chromium and its driver, which the tests of the report run, from Debian's or Ubuntu's packages.
+browser:
+	@if command -v chromedriver > /dev/null; then exit 0; fi; \
+	root=; test "$$(id -u)" = 0 || root="sudo --non-interactive"; \
+	{ command -v apt-get > /dev/null && { test -z "$$root" || $$root true; }; } || \
+	  { echo "Chromium and its driver are missing and cannot be installed here; install chromium and chromium-driver."; exit 1; }; \
+	$$root apt-get update --quiet && $$root apt-get install --yes --quiet --no-install-recommends chromium chromium-driver || \
+	  { echo "Chromium and its driver could not be installed by apt-get; install chromium and chromium-driver."; exit 1; }
 
 # Folders and expected numbers are made here; vLLM, which needs packages of its own, then runs the folders. What it
 # measured goes into docs/engines.md.

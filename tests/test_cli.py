@@ -69,9 +69,10 @@ def test_every_option_reaches_the_recipe(
     given: dict[str, object] = {}
 
     def quantize(
-        model: str, *, output: Path, resume: bool, progress: object, announce: object, **options: object
+        model: str, *, output: Path, resume: bool, progress: object, announce: object, report: bool, **options: object
     ) -> str:
         given.update(vars(Recipe.of(**options)))
+        assert not report
         return ""
 
     monkeypatch.setattr("mbq.pipeline.quantize", quantize)
@@ -114,7 +115,7 @@ def test_every_option_reaches_the_recipe(
             flags += [part for each in value for part in (option, each)]
         elif value is not False:
             flags += [option, str(value)]
-    done = mbq_command("quantize", "model", "--output", tmp_path / "out", *flags)
+    done = mbq_command("quantize", "model", "--output", tmp_path / "out", "--no-report", *flags)
     assert done.exit_code == 0, done.output
     assert given == vars(expected)
 

@@ -16,9 +16,12 @@ import mbq
 from mbq.checkpoint.folder import check_new, new_folder
 from mbq.errors import MBQError
 from mbq.evaluation import Questions, Results, answers, evaluate, prepare
-from mbq.evaluation.run import PER_TASK, world_questions
+from mbq.evaluation.examples import Examples
+from mbq.evaluation.run import PER_TASK, run_info, world_questions
+from mbq.evaluation.runs import write_run
 from mbq.evaluation.table import plus_minus, results_table
 from mbq.progress import Progress, shown
+from mbq.report import report
 from mbq.rows import Row, text_of
 
 OUTPUT = Path("mbq-demo")
@@ -26,6 +29,7 @@ SCHEMES = {"W3A16": ("rtn", "awq", "mbq"), "W4A8": ("rtn", "smoothquant", "mbq")
 NAMES = {"rtn": "RTN", "awq": "AWQ", "mbq": "MBQ", "smoothquant": "SmoothQuant"}
 SAMPLES = 128  # questions about pictures to calibrate on
 CALIBRATION_BATCH, EVALUATION_BATCH = 8, 256
+SHOWN, LONGEST = 6, 32  # wrong answers a task that the report shows, and tokens of an answer
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,8 @@ def demo(
 ) -> None:
     """Quantize ``model`` (None: the InternVL that mbq brings) at two schemes, reload, evaluate, print tables.
 
-    output    a new folder: calibration data, questions with their pictures, and the quantized models
+    output    a new folder: calibration data, questions with their pictures, the quantized models, what they answered
+              (runs), and a page about all of it (report.html)
     per_task  questions a task; ``tasks`` are names of ``mbq.world.TASKS``, None all
 
     Raises MBQError if ``output`` is not empty, or if the model is nowhere to be found.
@@ -71,20 +76,26 @@ def demo(
         calibration, rows = _write_data(folder, per_task, tasks, progress)
         processor = mbq.load_processor(source)
         questions = prepare(rows, processor, EVALUATION_BATCH, progress)
+        shown_answers = Examples(questions, SHOWN, LONGEST)
         jobs = [(scheme, method) for scheme, methods in SCHEMES.items() for method in methods]
-        trials = [_float(source, questions, _part(progress, 0, len(jobs) + 1, "float"))]
+        bar = _part(progress, 0, len(jobs) + 1, "float")
+        trials = [_float(source, questions, bar)]
+        shown_answers.add(trials[0].model, trials[0].results, bar)
         for done, (scheme, method) in enumerate(jobs, start=1):
             bar = _part(progress, done, len(jobs) + 1, f"{scheme} {NAMES[method]}")
             trials.append(_quantized(source, folder, calibration, scheme, method, questions, bar))
+            shown_answers.add(trials[-1].model, trials[-1].results, bar)
         progress("models", len(trials), len(trials), "")
         example = rows[_example(questions, [trial.results for trial in trials])]
         said = [answers(trial.model, processor, [example])[0] for trial in trials]
+        _write_report(source, folder, trials, shown_answers)
     for scheme in SCHEMES:
         console.print(_table(scheme, [trials[0], *(trial for trial in trials if trial.name.startswith(scheme))]))
     _print_answers(console, example, output, folder, trials, said)
     for line in (
         f"The quantized models are in {output}; MBQ's at 3 bits: {output / 'W3A16-mbq'}",
         f'Ask it yourself: mbq generate {output / "W3A16-mbq"} --image PICTURE --prompt "..."',
+        f"All of it on one page: {output / 'report.html'}",
         f"The demo took {time.monotonic() - started:.0f} s.",
     ):
         console.print(line, highlight=False, soft_wrap=True)
@@ -137,6 +148,20 @@ def _quantized(
     model = mbq.load(folder / name)
     results = evaluate(model, questions, name, progress=progress)
     return Trial(name, label, model, _weight_bytes(folder / name), sum(made.seconds.values()), results)
+
+
+def _write_report(source: Path, folder: Path, trials: Sequence[Trial], shown_answers: Examples) -> None:
+    """A run's folder a model, and the page about them."""
+    for number, trial in enumerate(trials):
+        place = source if trial.seconds is None else folder / trial.name
+        info = run_info(trial.model, place, trial.name) | {
+            "source": place.name,
+            "seconds": round(trial.results.seconds, 2),
+            "data": {"data": None, "tasks": None, "limit": None},
+        }
+        pictures = shown_answers.pictures(number)
+        write_run(folder / "runs" / trial.name, info, trial.results, shown_answers.of(number), pictures, place)
+    report([folder / "runs"], folder / "report.html")
 
 
 def _part(progress: Progress, models: int, total: int, name: str) -> Progress:

@@ -266,7 +266,14 @@ def time_panel(subjects: Sequence[Subject]) -> Panel | None:
         "time",
         charts=[Chart("steps", "Where the time went", charts.steps(rows, labels, names, about))],
         tables=[Table("Seconds, step by step", ("model", *names, "sum"), table)],
-        notes=["Writing the folder is not in it: this page is part of what is written."],
+        notes=[
+            "Writing the folder is not in it: this page is part of what is written.",
+            *(
+                f"{subject.label} went on with an unfinished run, whose seconds are not among these."
+                for subject in having
+                if (subject.records.measurements or {}).get("resumed")
+            ),
+        ],
     )
 
 
