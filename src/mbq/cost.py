@@ -250,10 +250,12 @@ def sensitivity_operations(shapes: Shapes, lengths: Lengths) -> int:
 def search_operations(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
     """Every block forward, and the inspected module of each group for every candidate (SmoothQuant has none).
 
-    Blocks with a mixture run up to it once more, which is not counted.
+    Blocks with a mixture run up to its experts once more.
     """
     tokens, attention = token_count(lengths), attention_operations(shapes, lengths)
     block = 2 * shapes.used("") * tokens + attention
+    if shapes.experts:
+        block += 2 * (shapes.used("") - shapes.used(shapes.experts)) * tokens + attention
     for group in shapes.searched(recipe) if recipe.method != "smoothquant" and tokens else ():
         rounded = compared(lengths, recipe, shapes.share_of(group))
         evaluated = sum(number * count for number, count in rounded)

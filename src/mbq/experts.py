@@ -1,5 +1,5 @@
 """Mixtures of experts, expert by expert. transformers keeps all experts of a block in two 3-D tensors, and what
-quantizes works on linears: ``split_experts`` makes them linears over the same numbers, ``joined`` tensors again.
+quantizes works on linears: ``split_experts`` makes them linears over the same numbers, ``joined`` tensors for a while.
 
 An expert here is a gated MLP, as in the Qwen and GLM families: down(activation(gate(x)) * up(x)).
 """
@@ -38,10 +38,9 @@ class Experts(nn.ModuleList):
         """x [token, channel]; the experts ``chosen`` [token, choice] for each, and their ``weights``."""
         total = torch.zeros_like(x)
         for number in chosen.unique().tolist():
-            if number < len(self):  # transformers marks the experts of other processes by a number beyond
-                tokens, places = (chosen == number).nonzero(as_tuple=True)
-                made = self[number](x[tokens]) * weights[tokens, places, None]
-                total.index_add_(0, tokens, made.to(total.dtype))
+            tokens, places = (chosen == number).nonzero(as_tuple=True)
+            made = self[number](x[tokens]) * weights[tokens, places, None]
+            total.index_add_(0, tokens, made.to(total.dtype))
         return total
 
 
@@ -69,18 +68,28 @@ def has_experts(model: nn.Module) -> bool:
     return any(isinstance(module, Experts) for module in model.modules())
 
 
-def joined(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """``state``, that of a float ``model``, with the experts of a block in transformers' two tensors."""
-    whole = dict(state)
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            rows: dict[str, list[torch.Tensor]] = {path: [] for path in FUSED}
-            for number in range(len(module)):
-                parts = {part: whole.pop(f"{name}.{number}.{part}_proj.weight") for part in ("gate", "up", "down")}
-                rows["gate_up_proj"].append(torch.cat([parts["gate"], parts["up"]]))
-                rows["down_proj"].append(parts["down"])
-            whole |= {f"{name}.{path}": torch.stack(tensors) for path, tensors in rows.items()}
-    return whole
+def merged_bytes(model: nn.Module) -> int:
+    """Of single experts: transformers merges or turns their tensors when it loads them, into the CPU's memory."""
+    weights = (each for module in model.modules() if isinstance(module, Experts) for each in module.parameters())
+    return sum(weight.nbytes for weight in weights)
+
+
+@contextmanager
+def joined(model: nn.Module) -> Iterator[None]:
+    """Inside, the float experts of each block are two tensors again, so that transformers saves them as its own."""
+    single: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    try:
+        for name, experts in single.items():
+            whole = nn.Module()
+            both = [torch.cat([each.gate_proj.weight, each.up_proj.weight]) for each in experts]
+            whole.gate_up_proj = nn.Parameter(torch.stack(both), requires_grad=False)
+            down = torch.stack([each.down_proj.weight for each in experts])
+            whole.down_proj = nn.Parameter(down, requires_grad=False)
+            model.set_submodule(name, whole)
+        yield
+    finally:
+        for name, module in single.items():
+            model.set_submodule(name, module)
 
 
 def _whole(model: nn.Module) -> dict[str, Any]:

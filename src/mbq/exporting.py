@@ -115,8 +115,8 @@ def write_equalized(output: Path, binding: Binding, processor: Any, recipe: Reci
     """Write an ordinary float folder, whole or not at all; arguments and errors as ``write_folder`` has them."""
     model: Any = binding.model
     with new_folder(output, needs=found.bytes_after) as folder:
-        state = joined(model, named_for_engines(model))
-        model.save_pretrained(folder, state_dict=state, max_shard_size=recipe.max_shard_size)
+        with joined(model):
+            model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=recipe.max_shard_size)
         write_processor(folder, processor, recipe, name)
         text = write_records(folder, recipe, base_name(name), found)
         card = equalized_card(recipe, text, base_model=base_name(name), folder_name=output.name, binding=binding)
