@@ -148,7 +148,7 @@ def _qwen3_vl() -> tuple[Any, Any]:
     """What the tower's first block gives is added behind the first decoder block, its last's behind the second."""
     vision = {"patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
     classes = (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor)
-    return _qwen(*classes, vision, {"mrope_interleaved": True})
+    return _qwen(*classes, vision, {"mrope_interleaved": True, "mrope_section": [6, 5, 5]})
 
 
 # A token goes to two of five experts.
