@@ -17,6 +17,7 @@ from mbq.checkpoint.folder import new_folder
 from mbq.checkpoint.gguf_file import check_tokenizer, gguf_package, language_model, write_importance, write_model
 from mbq.cost import weight_bytes
 from mbq.errors import MBQError
+from mbq.experts import joined
 from mbq.methods import METHODS
 from mbq.model_card import METHOD_NAMES, base_link, numbers_text, on_the_hub
 from mbq.output import Measured, Product, base_name, ignored, write_processor, write_records
@@ -114,7 +115,8 @@ def write_equalized(output: Path, binding: Binding, processor: Any, recipe: Reci
     """Write an ordinary float folder, whole or not at all; arguments and errors as ``write_folder`` has them."""
     model: Any = binding.model
     with new_folder(output, needs=found.bytes_after) as folder:
-        model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=recipe.max_shard_size)
+        with joined(model):
+            model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=recipe.max_shard_size)
         write_processor(folder, processor, recipe, name)
         text = write_records(folder, recipe, base_name(name), found)
         card = equalized_card(recipe, text, base_model=base_name(name), folder_name=output.name, binding=binding)

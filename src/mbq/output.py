@@ -20,7 +20,9 @@ from mbq.checkpoint.compressed_tensors import (
     serving_note,
 )
 from mbq.checkpoint.folder import new_folder
+from mbq.checkpoint.single_experts import single_experts_note
 from mbq.errors import MBQError
+from mbq.experts import has_experts
 from mbq.importance import Importance
 from mbq.loading import model_folder
 from mbq.model_card import model_card
@@ -93,13 +95,20 @@ def write_folder(
             text,
             base_model=base_model,
             folder_name=output.name,
-            loading_note=f"{loading_note(recipe.numbers, others)}\n\n{serving_note(recipe.numbers)}",
+            loading_note=_other_readers(model, recipe.numbers, others),
             kept=tuple(ignore),
             files=tuple(file.name for file in sorted(folder.iterdir())),
             megabytes=(found.bytes_before / 1e6, sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output
+
+
+def _other_readers(model: Any, scheme: Scheme, others: Mapping[str, Scheme]) -> str:
+    """Markdown for the card: what transformers alone and vLLM make of the folder."""
+    if has_experts(model):
+        return single_experts_note(model.config.model_type, scheme)
+    return f"{loading_note(scheme, others)}\n\n{serving_note(scheme)}"
 
 
 def _quantized_bytes(binding: Binding, processor: Any, recipe: Recipe) -> int:
