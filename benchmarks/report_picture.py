@@ -32,7 +32,8 @@ def main() -> None:
         whole.paste(each, (left, 0))
         left += each.width + GAP
     size = (round(whole.width * SCALE), round(whole.height * SCALE))
-    whole.resize(size, Image.Resampling.LANCZOS).save(given.picture, optimize=True)
+    few = whole.resize(size, Image.Resampling.LANCZOS).quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
+    few.save(given.picture, optimize=True)
     print(f"{given.picture}: {given.picture.stat().st_size / 1000:.0f} kB")
 
 

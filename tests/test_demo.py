@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from rich.console import Console
 from mbq import demo as module
 from mbq.demo import demo
 from mbq.errors import MBQError
+from mbq.evaluation.runs import Run
 from tests import tiny
 
 
@@ -49,6 +51,24 @@ def test_it_shows_an_answer_a_model_beside_its_picture(printed: tuple[str, Path]
         "float",
         *(f"{scheme}-{method}" for scheme, methods in module.SCHEMES.items() for method in methods),
     ]
+
+
+def test_it_ends_with_a_page_about_all_models(printed: tuple[str, Path]) -> None:
+    text, output = printed
+    [line] = [line for line in text.splitlines() if line.startswith("All of it on one page: ")]
+    html = Path(line.removeprefix("All of it on one page: ")).read_text("utf-8")
+    names = ["float", *(f"{scheme}-{method}" for scheme, methods in module.SCHEMES.items() for method in methods)]
+    assert sorted(path.name for path in (output / "runs").iterdir()) == sorted(names)
+    for name in names:
+        assert f'<th scope="row">{name}</th>' in html
+        run = Run.load(output / "runs" / name)
+        assert str(output.parent) not in json.dumps(run.info), (
+            "a page may be given away; folders are one's own business"
+        )
+        assert run.answers
+        assert all((run.folder / picture).is_file() for answer in run.answers for picture in answer.pictures)
+    assert 'class="card"' in html
+    assert "data:image/webp" in html
 
 
 def test_it_leaves_checkpoints_that_load(printed: tuple[str, Path]) -> None:

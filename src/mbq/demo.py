@@ -76,7 +76,7 @@ def demo(
         calibration, rows = _write_data(folder, per_task, tasks, progress)
         processor = mbq.load_processor(source)
         questions = prepare(rows, processor, EVALUATION_BATCH, progress)
-        shown_answers = Examples(questions, SHOWN, LONGEST)
+        shown_answers = Examples(questions, SHOWN, LONGEST, EVALUATION_BATCH)
         jobs = [(scheme, method) for scheme, methods in SCHEMES.items() for method in methods]
         bar = _part(progress, 0, len(jobs) + 1, "float")
         trials = [_float(source, questions, bar)]
