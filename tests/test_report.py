@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 import mbq
+from mbq.cli import app
 from mbq.equalization import ALPHAS
 from mbq.errors import MBQError
 from mbq.evaluation.runs import Run
@@ -394,3 +396,15 @@ def test_the_page_can_be_left_out(float_folder: Callable[[str], Path], tmp_path:
     assert made.folder is not None
     assert not (tmp_path / "model" / "report.html").exists()
     assert "report.html" not in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_command(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    models = runs.parent / "models"
+    done = CliRunner().invoke(app, ["report", str(models / "W3A16-mbq"), str(runs), "-o", str(target)])
+    assert (done.exit_code, done.output) == (0, f"Wrote {target}.\n")
+    assert target.read_text("utf-8") == page(read_subjects([models / "W3A16-mbq", runs]))
+    refused = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere"), "-o", str(tmp_path / "other.html")])
+    assert refused.exit_code == 2
+    assert "is no folder" in refused.output
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
