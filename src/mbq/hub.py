@@ -9,11 +9,12 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from mbq.checkpoint.safety import weight_files
 from mbq.errors import MBQError
 
+NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # "owner/model", perhaps with a revision
+LICENSES = ["LICENSE*", "LICENCE*", "NOTICE*"]
 # No pickle is even downloaded.
-SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "README.md", *LICENSES]
 
 
 def hub_folder(name: str, weights: bool) -> Path:
@@ -23,7 +24,9 @@ def hub_folder(name: str, weights: bool) -> Path:
 
     Raises MBQError where ``name`` is no such name, and where the Hub does not give it.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name):
+    from mbq.checkpoint.safety import weight_files  # torch, which an upload does not need
+
+    if not re.fullmatch(NAME, name):
         raise MBQError(f"There is no folder {name}; give the folder of a Hugging Face model, or its name on the Hub.")
     try:
         folder = _settings(name)
