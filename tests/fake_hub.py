@@ -1,4 +1,4 @@
-"""A Hub on loopback: the HTTP interface that huggingface_hub uses to upload and download, with what a test asks to fail.
+"""A Hub on loopback: the HTTP interface that huggingface_hub uploads to and downloads from; it fails where a test asks.
 
 Large files take the Git LFS way, which the Hub keeps for clients without Xet: HF_HUB_DISABLE_XET=1.
 """
@@ -82,7 +82,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle_any(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path  # still quoted: a branch may have a slash in its name
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             body = self._chunks()
@@ -145,7 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         ]
         for pattern, method in routes:
             if match := re.fullmatch(pattern, asked):
-                found = method(*match.groups(), **({"body": body} if asked.startswith(("POST", "PUT")) else {}))
+                groups = [unquote(group) for group in match.groups()]
+                found = method(*groups, **({"body": body} if asked.startswith(("POST", "PUT")) else {}))
                 return found if isinstance(found, tuple) else (200, found)
         raise Refusal(404, f"no such page: {asked}")
 

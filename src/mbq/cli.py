@@ -439,6 +439,19 @@ def evaluate_command(
 
 
 @command
+def card_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
+    results: Annotated[Path, typer.Option(help="The run of this model (mbq evaluate --output).", metavar="RUN")],
+    baseline: Annotated[Path | None, typer.Option(help="A run to compare with.", metavar="RUN")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Write what mbq evaluate found into the folder's model card."""
+    from mbq.card_results import write_results
+
+    typer.echo(f"Wrote {write_results(folder, results, baseline)}")
+
+
+@command
 def push_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME[@BRANCH]", help="A repository on the hub.")],

@@ -11,7 +11,6 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding
-from mbq.card_results import unmeasured
 from mbq.checkpoint.compressed_tensors import named_for_engines
 from mbq.checkpoint.folder import new_folder
 from mbq.checkpoint.gguf_file import check_tokenizer, gguf_package, language_model, write_importance, write_model
@@ -19,7 +18,7 @@ from mbq.cost import weight_bytes
 from mbq.errors import MBQError
 from mbq.front_matter import base_name, front_matter, inherited_fields, on_the_hub
 from mbq.methods import METHODS
-from mbq.model_card import METHOD_NAMES, base_link, citation, numbers_text
+from mbq.model_card import METHOD_NAMES, base_link, citation, numbers_text, unmeasured
 from mbq.output import Measured, Product, ignored, write_licenses, write_processor, write_records
 from mbq.pipeline import make
 from mbq.placement import Plan

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from mbq.errors import MBQError
 
@@ -32,7 +33,7 @@ def hub_folder(name: str, weights: bool) -> Path:
         folder = _settings(name)
         if weights:
             snapshot_download(name.partition("@")[0], revision=folder.name, allow_patterns=weight_files(folder))
-    except (OSError, ValueError) as error:  # which all of the Hub's errors are
+    except (OSError, ValueError, HTTPError) as error:  # which all of the Hub's errors are
         if getattr(error, "errno", None) == errno.ENOSPC:
             raise
         raise MBQError(f"{name} is neither a folder here nor a model that the Hub gives; check the name.") from error

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from mbq.card_results import unmeasured
 from mbq.front_matter import front_matter, on_the_hub
 from mbq.recipe import Recipe
 
+RESULTS = "## Results"  # the section that ``card_results`` fills
 METHOD_NAMES = {
     "rtn": "rounding to nearest (RTN)",
     "awq": "AWQ's channel-wise equalization",
@@ -154,6 +155,19 @@ def base_link(base_model: str) -> str:
     """The float model's name, a link where it is on the hub."""
     address = on_the_hub(base_model)[1]
     return f"[{base_model}]({address})" if address else base_model
+
+
+def unmeasured(folder_name: str, base_model: str) -> str:
+    """The section of a model that nobody has evaluated, with the commands that evaluate it and fill the section."""
+    run, baseline = (f"runs/{Path(name).name}" for name in (folder_name, base_model.partition("@")[0]))
+    return f"""{RESULTS}
+
+Not measured yet. The first command asks this model and the one that it was made from the same questions (`--tasks` or
+`--data` says which), the second writes here what it found:
+
+    mbq evaluate {folder_name} --baseline {base_model} --output runs
+    mbq card {folder_name} --results {run} --baseline {baseline}
+"""
 
 
 def citation(recipe: Recipe, base_model: str) -> str:

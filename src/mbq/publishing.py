@@ -184,12 +184,12 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"there is no token; {SIGN_IN}"
     refused = error
-    while not isinstance(refused, HfHubHTTPError) and refused.__cause__ is not None:
-        refused = refused.__cause__
+    while not isinstance(refused, HfHubHTTPError | ValueError) and refused.__cause__ is not None:
+        refused = refused.__cause__  # what the thread of one file met
     response = getattr(refused, "response", None)
     if response is None:
-        said = " ".join(str(refused).split())[:300].rstrip(".") or "no more is known"
-        return f"{type(refused).__name__} ({said})"
+        said = " ".join(str(refused).split())[:300].rstrip(".")
+        return said if isinstance(refused, ValueError) else f"{type(refused).__name__} ({said})"
     status = response.status_code
     said = " ".join((getattr(refused, "server_message", None) or "").split())[:300].rstrip(".")
     answer = f"the Hub answers {status}" + (f" ({said})" if said else "")
