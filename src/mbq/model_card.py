@@ -166,8 +166,7 @@ Not measured yet. The first command asks this model and the one that it was made
 `--data` says which), the second writes here what it found:
 
     mbq evaluate {folder_name} --baseline {base_model} --output runs
-    mbq card {folder_name} --results {run} --baseline {baseline}
-"""
+    mbq card {folder_name} --results {run} --baseline {baseline}"""
 
 
 def citation(recipe: Recipe, base_model: str) -> str:
