@@ -1,6 +1,7 @@
 """A Hub on loopback: the HTTP interface that huggingface_hub uploads to and downloads from; it fails where a test asks.
 
-Large files take the Git LFS way, which the Hub keeps for clients without Xet: HF_HUB_DISABLE_XET=1.
+Large files come by Git LFS, which the Hub keeps for clients without Xet (HF_HUB_DISABLE_XET=1), or by Xet into a
+folder: the client's own ``local://`` store. What a file of that store holds, only the client can read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -46,7 +48,11 @@ class Repository:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """``fails`` maps "METHOD /path" expressions to the status that they end in, or None to hang up."""
+    """A server and what it has.
+
+    fails       "METHOD /path" expressions, and the status that they end in, or None to hang up
+    store       the folder of Xet's files, which the client writes and reads; ``xet`` maps their SHA-256 to Xet's hash
+    """
 
     daemon_threads = True
 
@@ -56,6 +62,8 @@ class FakeHub(ThreadingHTTPServer):
         self.user: dict[str, Any] = json.loads(json.dumps(USER))
         self.repositories: dict[str, Repository] = {}
         self.objects: dict[str, bytes] = {}
+        self.store: Path | None = None
+        self.xet: dict[str, str] = {}
         self.fails: dict[str, int | None] = {}
         self.requests: list[str] = []
         self.lock = threading.Lock()
@@ -138,6 +146,7 @@ class Handler(BaseHTTPRequestHandler):
             (r"POST /api/models/([^/]+/[^/]+)/branch/(.+)", self.branch),
             (r"POST /api/models/([^/]+/[^/]+)/preupload/(.+)", self.preupload),
             (r"POST /api/models/([^/]+/[^/]+)/commit/(.+)", self.commit),
+            (r"GET /api/models/([^/]+/[^/]+)/xet-(?:read|write)-token/(.+)", self.xet_token),
             (r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.batch),
             (r"PUT /lfs/(\w+)", self.put),
             (r"POST /lfs/verify", self.verify),
@@ -227,6 +236,7 @@ class Handler(BaseHTTPRequestHandler):
                 "size": len(content),
                 "oid": hashlib.sha1(content).hexdigest(),
                 **({"lfs": {"oid": sha256(content), "size": len(content), "pointerSize": 130}} if large(path) else {}),
+                **({"xetHash": self.server.xet[sha256(content)]} if sha256(content) in self.server.xet else {}),
             }
             for path, content in self._repository(name).files(revision).items()
         ]
@@ -248,6 +258,12 @@ class Handler(BaseHTTPRequestHandler):
                 {"path": path, "uploadMode": modes[path], "shouldIgnore": False, "oid": oids[path]} for path in files
             ]
         }
+
+    def xet_token(self, name: str, revision: str) -> Any:
+        self._repository(name)
+        found = {"casUrl": f"local://{self.server.store}", "exp": 2**40, "accessToken": "xet"}
+        names = {"casUrl": "X-Xet-Cas-Url", "exp": "X-Xet-Token-Expiration", "accessToken": "X-Xet-Access-Token"}
+        return 200, found, {names[key]: str(value) for key, value in found.items()}
 
     def batch(self, name: str, body: bytes) -> Any:
         self._repository(name, write=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import random
 import re
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
 from typer.testing import CliRunner, Result
 
@@ -149,6 +151,27 @@ def test_the_environment_says_where_the_hub_is(hub: FakeHub, folder: Path, tmp_p
     assert done.returncode == 0, done.stderr
     assert uploaded(hub, "ada/tiny") == contents(folder)
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_weights_travel_by_xet_where_it_is_installed(
+    here: FakeHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What huggingface_hub does by default. The Hub sees hashes; the files are in the store, and come back from it."""
+    hf_xet = pytest.importorskip("hf_xet")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(random.Random(0).randbytes(300_000))
+    [hashed] = hf_xet.hash_files([str(weights)])
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    here.store, here.xet[digest], here.objects[digest] = tmp_path / "store", hashed.hash, weights.read_bytes()
+    done = push(folder, "ada/tiny")
+    assert done.exit_code == 0, done.output
+    assert uploaded(here, "ada/tiny") == contents(folder)
+    assert not [request for request in here.requests if request.startswith("PUT")]
+
+    again = Path(snapshot_download("ada/tiny", allow_patterns="*.safetensors"))
+    assert (again / "model.safetensors").read_bytes() == weights.read_bytes()
+    assert not [request for request in here.requests if request.startswith("GET") and "/resolve/" in request]
 
 
 def test_the_card_names_the_repository(here: FakeHub, folder: Path) -> None:
