@@ -208,4 +208,4 @@ def _role(user: Mapping[str, Any]) -> str | None:
 def _namespaces(user: Mapping[str, Any]) -> list[str]:
     """Where the user may have repositories: under their own name, and in organizations where they do more than read."""
     members = [org for org in user.get("orgs") or () if org.get("roleInOrg") not in ("read", "no_access")]
-    return [user["name"], *(org["name"] for org in members)]
+    return [place["name"] for place in (user, *members) if place.get("name")]
