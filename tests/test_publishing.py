@@ -40,6 +40,8 @@ def here(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     """The Hub of this process, to a user who is signed in; its client tries again at once."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+    template = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
@@ -146,6 +148,22 @@ def test_an_export_is_pushed(here: FakeHub, float_folder: Callable[[str], Path],
     assert 'from_pretrained("ada/even")' in card.text
 
 
+def test_a_model_of_the_hub_is_the_base_of_its_quantized_one(
+    here: FakeHub, float_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    readme = b"---\nlicense: other\nlicense_name: heraldic\nlicense_link: LICENSE\nlanguage: [en]\n---\n"
+    base = here.add("ada/base", files={**contents(float_folder("internvl")), "README.md": readme, "LICENSE": b"Yes."})
+    commit = base.branches["main"]
+    done = mbq_here("quantize", f"ada/base@{commit}", "--method", "rtn", "--output", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    card.validate()
+    assert card.data.base_model == "ada/base"
+    assert (card.data.license, card.data.license_name, card.data.language) == ("other", "heraldic", ["en"])
+    assert card.data.license_link == f"https://huggingface.co/ada/base/blob/{commit}/LICENSE"
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == b"Yes."
+
+
 def test_the_environment_says_where_the_hub_is(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     done = mbq_process(hub, tmp_path / "home", "push", folder, "ada/tiny")
     assert done.returncode == 0, done.stderr
@@ -247,9 +265,8 @@ def test_a_hub_that_fails_ends_in_one_sentence(
     here.fails[request_] = status
     told = sentence(push(folder, "ada/tiny", "--private"))
     assert said in told
-    if "whoami" not in request_:
-        assert told.startswith(f"mbq: {folder} is complete, but was not uploaded to ada/tiny: ")
-        assert told.endswith(f"upload it again with: mbq push {folder} ada/tiny --private")
+    assert told.startswith(f"mbq: {folder} is complete, but was not uploaded to ada/tiny: ")
+    assert told.endswith(f"upload it again with: mbq push {folder} ada/tiny --private")
     assert "ada/tiny" not in here.repositories or uploaded(here, "ada/tiny") == {}
     here.fails.clear()
     assert push(folder, "ada/tiny", "--private").exit_code == 0
@@ -258,7 +275,7 @@ def test_a_hub_that_fails_ends_in_one_sentence(
 
 def test_nothing_listens(here: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    assert "Nothing can be uploaded to ada/tiny: ConnectError" in sentence(push(folder, "ada/tiny"))
+    assert "was not uploaded to ada/tiny: ConnectError" in sentence(push(folder, "ada/tiny"))
 
 
 def test_offline(here: FakeHub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +297,7 @@ REFUSALS = [
     ("ada", "'ada' is no repository; give OWNER/NAME"),
     ("ada/tiny@", "is no repository"),
     ("a/b/c", "is no repository"),
-    ("grace/tiny", "The token's user may not write to grace; choose OWNER/NAME with ada or engines."),
+    ("grace/tiny", "the token's user may not write to grace, but to ada and engines; choose another OWNER"),
     ("readers/tiny", "may not write to readers"),
 ]
 
@@ -301,12 +318,12 @@ def test_the_token_decides_before_the_search(here: FakeHub, monkeypatch: pytest.
 
     target = ("--push-to-hub", "ada/tiny")
     here.user["auth"]["accessToken"]["role"] = "read"
-    assert "The token for ada/tiny may only read" in told(*target)
+    assert "Nothing can be uploaded to ada/tiny: the token may only read; run hf auth login" in told(*target)
     here.user["auth"]["accessToken"]["role"] = "fineGrained"
     here.add("ada/tiny")
     assert "Nothing can be uploaded to ada/tiny: the Hub answers 403" in told(*target)
     here.user["auth"]["accessToken"]["role"] = "write"
-    assert "ada/tiny exists and is public, so leave --private out" in told(*target, "--private")
+    assert "ada/tiny exists and is public; leave --private out" in told(*target, "--private")
     assert "--private is of the repository that --push-to-hub names" in told("--private")
     monkeypatch.setenv("HF_TOKEN", "hf_anotherToken")
     assert "does not know the token" in told(*target)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -59,28 +59,10 @@ def check_push(repository: str, private: bool = False) -> None:
     A token of fine grain does not tell whether it may make a repository that does not exist yet; only the upload does.
     """
     name, _ = parts(repository)
-    owner = name.partition("/")[0]
-    api = _api()
     try:
-        with _reasons():
-            user = api.whoami()
+        _check(_api(), name, private)
     except _Failed as failed:
         raise MBQError(f"Nothing can be uploaded to {repository}: {failed}.") from failed.__cause__
-    if _role(user) == "read":
-        raise MBQError(f"The token for {repository} may only read; {SIGN_IN} that may write.")
-    places = _namespaces(user)
-    if owner.lower() not in (place.lower() for place in places):
-        raise MBQError(f"The token's user may not write to {owner}; choose OWNER/NAME with {' or '.join(places)}.")
-    try:
-        with _reasons():
-            public = api.repo_info(name).private is False
-            api.auth_check(name, write=True)
-    except _Failed as failed:
-        if isinstance(failed.__cause__, RepositoryNotFoundError):
-            return  # it will be made
-        raise MBQError(f"Nothing can be uploaded to {repository}: {failed}.") from failed.__cause__
-    if private and public:
-        raise MBQError(f"{name} exists and is public, so leave --private out, or choose another name.")
 
 
 def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
@@ -97,24 +79,13 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
     folder = Path(folder)
     name, branch = parts(repository)
     files, left_out = model_files(folder)
-    check_push(repository, private)
-    again = shlex.join(["mbq", "push", str(folder), repository, *(["--private"] if private else [])])
     api = _api()
-    if branch is None:  # whose name loads the main branch
-        _name_in_card(folder / "README.md", name)
+    again = shlex.join(["mbq", "push", str(folder), repository, *(["--private"] if private else [])])
     try:
-        with _reasons():
-            api.create_repo(name, private=private or None, exist_ok=True)
-            if branch is not None:
-                api.create_branch(name, branch=branch, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
-                revision=branch,
-                commit_message=f"Upload a model made by mbq {__version__}",
-                allow_patterns=[glob.escape(file) for file in files],
-                delete_patterns=REPLACED if any(file.endswith(".safetensors") for file in files) else None,
-            )
+        _check(api, name, private)
+        if branch is None:  # the repository's name loads its main branch
+            _name_in_card(folder / "README.md", name)
+        commit = _upload(api, folder, files, name, branch, private)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"Interrupted; {folder} is complete, and its upload goes on with: {again}") from None
     except _Failed as failed:
@@ -122,7 +93,51 @@ def push(folder: str | Path, repository: str, private: bool = False) -> Pushed:
             f"{folder} is complete, but was not uploaded to {repository}: {failed}; upload it again with: {again}"
         ) from failed.__cause__
     address = f"{api.endpoint}/{name}" + (f"/tree/{branch}" if branch else "")
-    return Pushed(address, commit.oid, files, left_out)
+    return Pushed(address, commit, files, left_out)
+
+
+def _check(api: HfApi, name: str, private: bool) -> None:
+    owner = name.partition("/")[0]
+    with _reasons():
+        user = api.whoami()
+    if ((user.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
+        raise _Failed(f"the token may only read; {SIGN_IN} that may write")
+    places = _namespaces(user)
+    if owner.lower() not in (place.lower() for place in places):
+        raise _Failed(f"the token's user may not write to {owner}, but to {' and '.join(places)}; choose another OWNER")
+    try:
+        with _reasons():
+            public = api.repo_info(name).private is False
+            api.auth_check(name, write=True)
+    except _Failed as failed:
+        if isinstance(failed.__cause__, RepositoryNotFoundError):
+            return  # it will be made
+        raise
+    if private and public:
+        raise _Failed(f"{name} exists and is public; leave --private out, or choose another name")
+
+
+def _namespaces(user: Mapping[str, Any]) -> list[str]:
+    """Where the user may have repositories: under their own name, and in organizations where they do more than read."""
+    members = [org for org in user.get("orgs") or () if org.get("roleInOrg") not in ("read", "no_access")]
+    return [place["name"] for place in (user, *members) if place.get("name")]
+
+
+def _upload(api: HfApi, folder: Path, files: Sequence[str], name: str, branch: str | None, private: bool) -> str:
+    """The commit that then holds ``files``."""
+    with _reasons():
+        api.create_repo(name, private=private or None, exist_ok=True)
+        if branch is not None:
+            api.create_branch(name, branch=branch, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            revision=branch,
+            commit_message=f"Upload a model made by mbq {__version__}",
+            allow_patterns=[glob.escape(file) for file in files],
+            delete_patterns=REPLACED if any(file.endswith(".safetensors") for file in files) else None,
+        )
+    return commit.oid
 
 
 def parts(repository: str) -> tuple[str, str | None]:
@@ -198,14 +213,3 @@ def _reason(error: BaseException) -> str:
     if status == 403:
         return f"{answer}, so the token may not write there; {SIGN_IN} that may"
     return answer
-
-
-def _role(user: Mapping[str, Any]) -> str | None:
-    """ "read", "write" or "fineGrained"; None where the Hub does not say."""
-    return ((user.get("auth") or {}).get("accessToken") or {}).get("role")
-
-
-def _namespaces(user: Mapping[str, Any]) -> list[str]:
-    """Where the user may have repositories: under their own name, and in organizations where they do more than read."""
-    members = [org for org in user.get("orgs") or () if org.get("roleInOrg") not in ("read", "no_access")]
-    return [place["name"] for place in (user, *members) if place.get("name")]
