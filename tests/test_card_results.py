@@ -148,6 +148,32 @@ def test_perplexity_alone(folder: Path, tmp_path: Path) -> None:
     assert card.data.eval_results is None
 
 
+def test_tasks_of_lmms_eval(folder: Path, tmp_path: Path) -> None:
+    def summary(accuracy: float) -> dict[str, Any]:
+        metrics = {
+            "alias": "t",
+            "acc,none": accuracy,
+            "acc_stderr,none": 0.05,
+            "f1,strict": 0.5,
+            "f1_stderr,strict": "N/A",
+        }
+        return {"version": "0.9", "limit": 50, "results": {"ocrbench": metrics}}
+
+    base = run(tmp_path / "runs" / "base", None, lmms_eval=summary(0.8))
+    own = run(tmp_path / "runs" / "w3", None, model=folder, lmms_eval=summary(0.75))
+    mbq_card(folder, "--results", own, "--baseline", base)
+    card = ModelCard.load(folder / "README.md")
+    assert "lmms-eval 0.9, the first 50 documents of each task, ± one standard error:" in card.text
+    assert "| task | metric | this model | base |" in card.text
+    assert "| ocrbench | acc | 0.7500 ±0.0500 | 0.8000 ±0.0500 |" in card.text
+    assert "| ocrbench | f1 (strict) | 0.5000 | 0.5000 |" in card.text
+    found = {each.metric_type: each for each in card.data.eval_results}
+    assert {name: each.metric_value for name, each in found.items()} == {"acc": 0.75, "f1": 0.5}
+    assert {each.dataset_type for each in found.values()} == {"ocrbench"}
+    mbq_card(folder, "--results", own)
+    assert "| ocrbench | acc | 0.7500 ±0.0500 |\n" in (folder / "README.md").read_text()
+
+
 def test_a_card_without_the_section_gets_it_at_its_end(folder: Path, tmp_path: Path) -> None:
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
     mbq_card(folder, "--results", run(tmp_path / "runs" / "w3", results("w3", RIGHT), model=folder))

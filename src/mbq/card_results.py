@@ -40,10 +40,11 @@ def write_results(folder: str | Path, results: str | Path, baseline: str | Path 
         said = " ".join(str(error).split())
         raise MBQError(f"The front matter of {path} cannot be read ({said}); mend it.") from error
     section = "\n\n".join([RESULTS, *_paragraphs(run, other)]) + "\n\n"
-    text, found = _SECTION.subn(lambda _: section, card.text, count=1)
-    card.text = text if found else f"{card.text.rstrip()}\n\n{section}"
+    text, replaced = _SECTION.subn(lambda _: section, card.text, count=1)
+    card.text = text if replaced else f"{card.text.rstrip()}\n\n{section}"
     card.data.model_name = folder.resolve().name
-    card.data.eval_results = list(_eval_results(run.results, run.info)) if run.results else None
+    found = list(_eval_results(run.results, run.info)) if run.results else []
+    card.data.eval_results = [*found, *_public_results(run.info.get("lmms_eval") or {})] or None
     write_file(path, str(card).encode())
     return path
 
@@ -72,6 +73,11 @@ def _paragraphs(run: Run, baseline: Run | None) -> Iterator[str]:
         yield "\n".join(_table(run.results, None if baseline is None else baseline.results, baseline))
     if info.get("text"):
         yield "\n".join(_text_lines(info["text"]))
+    if info.get("lmms_eval"):
+        limit = info["lmms_eval"].get("limit")
+        of = f", the first {limit} documents of each task" if limit else ""
+        yield f"lmms-eval {info['lmms_eval'].get('version', '')}{of}, ± one standard error:"
+        yield "\n".join(_public_lines(info["lmms_eval"], baseline))
 
 
 def _questions(info: Mapping[str, Any]) -> str:
@@ -122,6 +128,26 @@ def _text_lines(text: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {name} | {interval.estimate:.4g} ({interval.low:.4g} to {interval.high:.4g}) |"
 
 
+def _public_lines(summary: Mapping[str, Any], baseline: Run | None) -> Iterator[str]:
+    others = (baseline.info.get("lmms_eval") or {}) if baseline else {}
+    beside = {(task, metric): shown for task, metric, _, shown in _scores(others)}
+    yield "| task | metric | this model |" + (f" {baseline.name} |" if baseline and beside else "")
+    yield "|---|---|--:|" + ("--:|" if beside else "")
+    for task, metric, _, shown in _scores(summary):
+        yield f"| {task} | {metric} | {shown} |" + (f" {beside.get((task, metric), '')} |" if beside else "")
+
+
+def _scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, float, str]]:
+    """Task, metric, value, and the value with its standard error, of lmms-eval's own summary."""
+    for task, metrics in summary.get("results", {}).items():
+        for key, value in metrics.items():
+            metric, _, kind = key.partition(",")
+            if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{kind}")
+                shown = f"{value:.4f}" + (f" ±{error:.4f}" if isinstance(error, int | float) else "")
+                yield task, metric if kind == "none" else f"{metric} ({kind})", float(value), shown
+
+
 def _eval_results(results: Results, info: Mapping[str, Any]) -> Iterator[EvalResult]:
     """A task's accuracy, in per cent, as the Hub's ``model-index`` takes it."""
     asked = _asked(info)
@@ -136,6 +162,18 @@ def _eval_results(results: Results, info: Mapping[str, Any]) -> Iterator[EvalRes
             metric_type="exact_match",
             metric_name=f"Exact match, % (95 % interval): {share.percent()}",
             metric_value=round(100 * share.estimate, 2),
+        )
+
+
+def _public_results(summary: Mapping[str, Any]) -> Iterator[EvalResult]:
+    for task, metric, value, shown in _scores(summary):
+        yield EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric.partition(" ")[0],
+            metric_name=f"{metric} (lmms-eval {summary.get('version', '')}): {shown}",
+            metric_value=value,
         )
 
 
