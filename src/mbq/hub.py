@@ -15,7 +15,7 @@ from mbq.errors import MBQError
 NAME = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # "owner/model", perhaps with a revision
 LICENSES = ["LICENSE*", "LICENCE*", "NOTICE*"]
 # No pickle is even downloaded.
-SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "README.md", *LICENSES]
+SETTINGS = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "recipe.yaml", "README.md", *LICENSES]
 
 
 def hub_folder(name: str, weights: bool) -> Path:

@@ -25,7 +25,7 @@ from mbq.errors import MBQError
 from mbq.hub import NAME, SETTINGS
 
 RECORD = "recipe.yaml"  # what every folder of mbq quantize and mbq export holds
-BELONGS = (*SETTINGS, RECORD, "report.html", "*.safetensors", "*.gguf")
+BELONGS = (*SETTINGS, "report.html", "*.safetensors", "*.gguf")
 # Of an earlier model in the repository: transformers would take a single file before the new one's shards.
 REPLACED = ["model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"]
 SIGN_IN = "run hf auth login, or set HF_TOKEN to a token of https://huggingface.co/settings/tokens"
