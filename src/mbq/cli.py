@@ -439,6 +439,28 @@ def evaluate_command(
 
 
 @command
+def demo_command(
+    output: Annotated[Path, typer.Option(help="A new folder for pictures and models.", metavar="DIR")] = Path(
+        "mbq-demo"
+    ),
+    model: Annotated[str | None, typer.Option(help="A model other than the one that mbq brings.")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Quantize a small trained model by every method and show what each costs."""
+    from mbq.demo import demo
+
+    demo(output, model=model)
+
+
+@command
+def doctor_command(verbose: Verbose = 0) -> None:
+    """Show which kernels run on this machine, and why the others do not."""
+    from mbq.doctor import doctor
+
+    doctor(Console())
+
+
+@command
 def card_command(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
     results: Annotated[Path, typer.Option(help="The run of this model (mbq evaluate --output).", metavar="RUN")],
@@ -460,28 +482,6 @@ def push_command(
 ) -> None:
     """Upload a folder to the Hugging Face hub, its model's files and no others."""
     _push(folder, repository, private)
-
-
-@command
-def demo_command(
-    output: Annotated[Path, typer.Option(help="A new folder for pictures and models.", metavar="DIR")] = Path(
-        "mbq-demo"
-    ),
-    model: Annotated[str | None, typer.Option(help="A model other than the one that mbq brings.")] = None,
-    verbose: Verbose = 0,
-) -> None:
-    """Quantize a small trained model by every method and show what each costs."""
-    from mbq.demo import demo
-
-    demo(output, model=model)
-
-
-@command
-def doctor_command(verbose: Verbose = 0) -> None:
-    """Show which kernels run on this machine, and why the others do not."""
-    from mbq.doctor import doctor
-
-    doctor(Console())
 
 
 @command
