@@ -30,7 +30,7 @@ from mbq.report.making import search_panel, sensitivity_panel
 from mbq.report.page import HERE, SCRIPTS, page, recipes
 from mbq.report.pictures import LONGEST_SIDE, Pictures
 from mbq.report.questions import questions
-from mbq.report.serving import code_marked, serving
+from mbq.report.serving import serving
 from mbq.report.subjects import Subject, read_subjects
 from mbq.sensitivity import Sensitivity, ratios
 from tests.report_folders import HOSTILE, SENSITIVITY, TASKS, WRONG, put, search_rows, write_records, write_runs
@@ -323,18 +323,42 @@ def test_the_recipe_marks_what_was_chosen(tmp_path: Path) -> None:
     assert "versions" not in default
 
 
-def test_how_to_run_it_is_what_the_card_says(tmp_path: Path) -> None:
-    from mbq.checkpoint.compressed_tensors import loading_note, serving_note
+CARD = """---
+license: mit
+---
 
+# A model
+
+## Load it
+
+With `mbq`, <script>window.harmed = 1</script>:
+
+```python
+model = mbq.load("a<b")
+## no heading
+```
+
+### vLLM
+
+See [this](javascript:alert(1)) ![and](https://elsewhere/picture.png) <https://elsewhere>.
+
+## Results
+
+Not measured yet.
+"""
+
+
+def test_how_to_run_it_is_what_the_card_says(tmp_path: Path) -> None:
     write_records(tmp_path / "a")
-    write_records(tmp_path / "b", scheme="W4A8")
-    found = serving(read_subjects([tmp_path / "a", tmp_path / "b"]))
-    assert [each.scheme for each in found] == ["W3A16", "W4A8"]
-    for each in found:
-        scheme = mbq.SCHEMES[each.scheme]
-        assert each.transformers == code_marked(loading_note(scheme))
-        assert each.engine == code_marked(serving_note(scheme))
-    assert code_marked("run `a<b` & c") == "run <code>a&lt;b</code> &amp; c"
+    (write_records(tmp_path / "b") / "README.md").write_text(CARD)
+    [(label, html)] = serving(read_subjects([tmp_path / "a", tmp_path / "b"])).items()
+    assert label == "b"
+    assert "<code>mbq</code>" in html
+    assert "mbq.load(&quot;a&lt;b&quot;)\n## no heading" in html
+    assert "<h3>vLLM</h3>" in html
+    assert not re.findall(r"<(?:script|a|img)\b", html)
+    assert "Load it" not in html
+    assert "Not measured" not in html
 
 
 def luminance(colour: str) -> float:
@@ -385,6 +409,8 @@ def test_quantize_writes_a_page_about_what_it_found(
     assert took["seconds"] == pytest.approx(steps, abs=1e-3)
     assert took["peak_memory"]["process"] > took["bytes"]["before"]
     assert took["resumed"] is False
+    for sentence in ("mbq generate model --image", "<h3>transformers</h3>", "<h3>vLLM</h3>"):
+        assert sentence in html, "the card's section on loading"
     again = report([tmp_path / "model"], tmp_path / "again.html").read_text("utf-8")
     assert again == html, "the page of a folder is that of its files"
 

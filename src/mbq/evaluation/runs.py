@@ -27,7 +27,7 @@ from mbq.images import ImageSource, image_bytes
 from mbq.output import write_json
 
 FORMAT = 1
-RECORDS = ("recipe.yaml", "sensitivity.json", "search.json", "diagnosis.json", "measurements.json")
+RECORDS = ("recipe.yaml", "sensitivity.json", "search.json", "diagnosis.json", "measurements.json", "README.md")
 
 
 @dataclass(frozen=True)

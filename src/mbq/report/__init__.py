@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from mbq.checkpoint.folder import write_file
 from mbq.errors import MBQError
 
 __all__ = ["report"]
@@ -41,19 +40,5 @@ def check_output(output: Path) -> None:
 
 def write(html: str, output: Path) -> Path:
     """The file, whole or not at all. What is no Unicode in answers (half a surrogate pair) becomes a question mark."""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{output.name}.", dir=output.absolute().parent)
-    except OSError as error:
-        raise MBQError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
-    try:
-        with open(handle, "wb") as file:
-            file.write(html.encode("utf-8", "replace"))
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, output)
-    except OSError as error:
-        raise MBQError(f"{output} cannot be written ({error.strerror}); choose another --output.") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    write_file(output, html.encode("utf-8", "replace"))
     return output

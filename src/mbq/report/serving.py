@@ -1,53 +1,34 @@
-"""How to run a quantized model, in the words of its model card."""
+"""How to run a quantized model, as its model card says it."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from markdown_it import MarkdownIt
+from markupsafe import Markup
 
-from mbq.checkpoint.compressed_tensors import loading_note, serving_note
-from mbq.errors import MBQError
 from mbq.report.subjects import Subject
-from mbq.scheme import SCHEMES, Scheme, scheme_named
+
+SECTION = "Load it"  # of the card (``model_card``)
 
 
-@dataclass(frozen=True)
-class Serving:
-    """What is true of all models of one scheme.
+def serving(subjects: Sequence[Subject]) -> dict[str, Markup]:
+    """The section on loading and serving of every quantized model's card, by the model's label."""
+    found = {subject.label: loading_section(subject.records.card) for subject in subjects if subject.quantized}
+    return {label: section for label, section in found.items() if section}
 
-    folders  of the models; examples take the first
-    notes    for transformers and for vLLM, as HTML
+
+def loading_section(card: str) -> Markup:
+    """The card's section as HTML; nothing where it has none.
+
+    A card may be anybody's: HTML in it is shown and not taken for HTML, and neither links nor pictures are made.
     """
-
-    scheme: str
-    folders: tuple[str, ...]
-    trust: bool
-    transformers: Markup
-    engine: Markup
-
-
-def serving(subjects: Sequence[Subject]) -> list[Serving]:
-    """One for every scheme among the quantized models; schemes that this version does not know are left out."""
-    groups: dict[tuple[Scheme, Scheme | None, bool], list[str]] = {}
-    for subject in subjects:
-        recipe = subject.records.recipe or {}
-        try:
-            scheme = scheme_named(recipe["scheme"], recipe.get("group_size"))
-            tower = None if recipe.get("vision_tower") is None else SCHEMES[recipe["vision_tower"]]
-        except (AttributeError, LookupError, TypeError, MBQError):
-            continue
-        groups.setdefault((scheme, tower, recipe.get("trust_remote_code") is True), []).append(subject.place)
-    found = []
-    for (scheme, tower, trust), folders in groups.items():
-        others = {} if tower is None else {"": tower}
-        notes = (code_marked(loading_note(scheme, others)), code_marked(serving_note(scheme)))
-        found.append(Serving(scheme.name, tuple(dict.fromkeys(folders)), trust, *notes))
-    return found
-
-
-def code_marked(markdown: str) -> Markup:
-    """A model card's sentence as HTML: escaped, and what stands between backticks as code."""
-    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(markdown))))
+    parser = MarkdownIt("commonmark", {"html": False}).disable(["link", "image", "autolink"])
+    tokens, inside, depth = [], False, "h2"
+    parsed = parser.parse(card)
+    for place, token in enumerate(parsed):
+        if token.type == "heading_open" and token.tag == depth:
+            inside = parsed[place + 1].content == SECTION
+        if inside:
+            tokens.append(token)
+    return Markup(parser.renderer.render(tokens[3:], parser.options, {}))  # without its own heading

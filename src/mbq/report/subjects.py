@@ -25,6 +25,7 @@ class Records:
     search        search.json: a row a group
     diagnosis     diagnosis.json
     measurements  measurements.json: seconds a step, bytes, memory
+    card          README.md
     """
 
     recipe: dict[str, Any] | None = None
@@ -33,6 +34,7 @@ class Records:
     search: list[dict[str, Any]] = field(default_factory=list)
     diagnosis: dict[str, Any] | None = None
     measurements: dict[str, Any] | None = None
+    card: str = ""
 
     @classmethod
     def read(cls, folder: Path) -> Records:
@@ -45,6 +47,7 @@ class Records:
             search=_json(folder / "search.json", list) or [],
             diagnosis=_json(folder / "diagnosis.json", dict),
             measurements=_json(folder / "measurements.json", dict),
+            card=_text(folder / "README.md") or "",
         )
 
 
