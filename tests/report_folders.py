@@ -67,10 +67,14 @@ def write_records(folder: Path, **options: Any) -> Path:
                     "block": i,
                     "attn": {"language": 0.01 * (i + 1), "vision": 0.02},
                     "mlp": {"language": 0.03, "vision": None},
+                    "own": {"attn": {"language": 0.005, "vision": 0.01}, "mlp": {"language": None, "vision": 0.004}},
                 }
                 for i in range(4)
             ],
-            "answers": {"repetition": 2},
+            "answered": 64,
+            "answers": {"repetition": 2, "no output": 0},
+            "answers_float": {"repetition": 1},
+            "definitions": {"repetition": "one n-gram over and over"},
             "findings": [{"rule": "jump", "title": "Block 2 jumps", "evidence": HOSTILE, "advice": "Keep it."}],
         },
     )

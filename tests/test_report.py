@@ -26,12 +26,13 @@ from mbq.report import making, report
 from mbq.report import questions as questions_module
 from mbq.report.accuracy import accuracy_panel, accuracy_table, comparisons, flips, history_panel
 from mbq.report.charts import VERDICTS
-from mbq.report.making import search_panel, sensitivity_panel
+from mbq.report.making import diagnosis, diagnosis_panel, search_panel, sensitivity_panel
 from mbq.report.page import HERE, SCRIPTS, page, recipes
 from mbq.report.pictures import LONGEST_SIDE, Pictures
 from mbq.report.questions import questions
 from mbq.report.serving import serving
 from mbq.report.subjects import Subject, read_subjects
+from mbq.report.wording import NOTHING
 from mbq.sensitivity import Sensitivity, ratios
 from tests.report_folders import HOSTILE, SENSITIVITY, TASKS, WRONG, put, search_rows, write_records, write_runs
 
@@ -92,6 +93,30 @@ def test_the_search_is_drawn_with_the_alphas_that_it_has(tmp_path: Path) -> None
         assert cell["loss"] == (None if row["alpha"] is None else min(row["losses"]))
     assert panel.readout["2\x1fo"] == f"Block 2, o: {HOSTILE}."
     assert panel.readout["1\x1fqkv"] == "Block 1, qkv: alpha 0.15, loss 1 (1.09 at alpha 0)."
+
+
+def test_a_diagnosis_is_shown_with_what_it_found(tmp_path: Path) -> None:
+    subjects = folder(write_records(tmp_path / "model"))
+    panel = diagnosis_panel(subjects)
+    assert panel is not None
+    drawn = {
+        (row["error"], row["part"], row["block"], row["series"]): row["value"] for row in rows_of(panel.charts[0].spec)
+    }
+    wanted = {}
+    for block in (subjects[0].records.diagnosis or {})["blocks"]:
+        for kind, errors in (("accumulated", block), ("own", block["own"])):
+            for part in ("attn", "mlp"):
+                for series, value in errors[part].items():
+                    if value is not None:
+                        wanted[kind, part, block["block"], series] = value
+    assert drawn == wanted
+    found = diagnosis(subjects[0])
+    assert [finding["title"] for finding in found.findings] == ["Block 2 jumps"]
+    assert found.answers is not None
+    assert found.answers.rows == [
+        ["repetition", "2", "1", "one n-gram over and over"],
+        ["no output", "0", NOTHING, NOTHING],
+    ]
 
 
 def test_accuracy_is_that_of_the_runs(runs: Path, subjects: list[Subject]) -> None:

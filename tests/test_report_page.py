@@ -183,6 +183,11 @@ def test_charts_have_a_mark_for_every_number(page: Page) -> None:
 def test_controls_choose_what_charts_show(page: Page) -> None:
     page.choose("#diagnosis-part", "mlp")
     assert page.marks("errors", "symbol") == 4  # no vision tokens there
+    page.choose("#diagnosis-error", "own")
+    page.choose("#diagnosis-part", "attn")
+    assert page.marks("errors", "symbol") == 8
+    wanted = "Block 0, attention, error of the block alone: language 0.005, vision 0.01."
+    assert page.one("#diagnosis .readout").text == wanted
     row = next(row for row in search_rows() if row["block"] == 2 and row["group"] == "down")
     slider = page.one("#search-block")
     slider.send_keys(Keys.HOME, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)

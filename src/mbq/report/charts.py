@@ -107,7 +107,7 @@ def modalities_by_block(rows: Rows, params: Mapping[str, Any], title: str, descr
         rows,
         params,
         260,
-        transform=[*_equal(params, "model", "part"), *_where("datum.value > 0")],
+        transform=[*_equal(params, "model", "error", "part"), *_where("datum.value > 0")],
         layer=[
             _rule(),
             {"mark": {"type": "line", "strokeWidth": 2}, "encoding": seen},

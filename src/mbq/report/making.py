@@ -172,53 +172,62 @@ def _cells(values: Sequence[Any], count: int) -> list[str]:
     return [number(value) for value in values] or [NOTHING] * count
 
 
+# Where diagnosis.json has the errors of a block: in the block's own object, or under a name in it.
+ERRORS = {
+    "accumulated": "with what earlier blocks did",
+    "own": "of the block alone",
+    "expected": "as rounding to nearest would have",
+}
+
+
 def diagnosis_panel(subjects: Sequence[Subject]) -> Panel | None:
     """Relative output error a block, part and modality; None where nothing was diagnosed."""
     having = [subject for subject in subjects if (subject.records.diagnosis or {}).get("blocks")]
-    if not having:
-        return None
     errors = [row for subject in having for row in _read("diagnosis.json", subject, _errors)]
     if not errors:
         return None
-    labels = [subject.label for subject in having]
+    labels = list(dict.fromkeys(row["model"] for row in errors))
+    kinds = [kind for kind in ERRORS if any(row["error"] == kind for row in errors)]
     parts = [part for part in PARTS if _any(errors, part)]
     blocks = sorted({row["block"] for row in errors})
-    params = {"model": labels[0], "part": parts[0], "block": blocks[0]}
-    values = {key(row["model"], row["part"], row["block"], row["series"]): row["value"] for row in errors}
+    params = {"model": labels[0], "error": kinds[0], "part": parts[0], "block": blocks[0]}
+    values = {tuple(row[name] for name in (*params, "series")): row["value"] for row in errors}
     readout, rows = {}, []
-    for label, part, block in _places(errors):
-        found = [number(values.get(key(label, part, block, series))) for series in MODALITIES]
-        at = [label] * (len(labels) > 1) + [part] * (len(parts) > 1) + [block] * (len(blocks) > 1)
-        readout[key(*at)] = f"Block {block}, {PARTS[part]}: language {found[0]}, vision {found[1]}."
-        rows.append([label, PARTS[part], str(block), *found])
+    for place in dict.fromkeys(tuple(row[name] for name in params) for row in errors):
+        label, kind, part, block = place
+        found = [number(values.get((*place, series))) for series in MODALITIES]
+        several = zip(place, (labels, kinds, parts, blocks), strict=True)
+        readout[key(*(value for value, among in several if len(among) > 1))] = (
+            f"Block {block}, {PARTS[part]}, error {ERRORS[kind]}: language {found[0]}, vision {found[1]}."
+        )
+        rows.append([label, ERRORS[kind], PARTS[part], str(block), *found])
     about = "Relative error of the outputs of each block against the float model, for language and vision tokens."
+    spec = charts.modalities_by_block(errors, params, "relative error", about)
     return Panel(
         "diagnosis",
-        charts=[
-            Chart(
-                "errors",
-                "Relative output error a block",
-                charts.modalities_by_block(errors, params, "relative error", about),
-            )
-        ],
-        tables=[Table("Relative output error, block by block", ("model", "part", "block", *MODALITIES), rows)],
+        charts=[Chart("errors", "Relative output error a block", spec)],
+        tables=[Table("Relative output error, block by block", ("model", "error", "part", "block", *MODALITIES), rows)],
         controls=[
             *chooser("model", "Model", labels),
-            *chooser("part", "Part", parts, {part: PARTS[part] for part in parts}),
+            *chooser("error", "Error", kinds, ERRORS),
+            *chooser("part", "Part", parts, PARTS),
             *chooser("block", "Block", blocks),
         ],
         readout=readout,
+        notes=["The norm of the difference to the float model's output over the norm of that output."],
     )
 
 
 def _errors(subject: Subject) -> Iterator[dict[str, Any]]:
     for each in (subject.records.diagnosis or {})["blocks"]:
-        for part in PARTS:
-            for series in MODALITIES:
-                value = (each.get(part) or {}).get(series)
-                if value is not None:
-                    place = {"model": subject.label, "part": part, "block": int(each["block"])}
-                    yield {**place, "series": series, "value": float(value)}
+        for kind in ERRORS:
+            found = each if kind == "accumulated" else each.get(kind) or {}
+            for part in PARTS:
+                for series in MODALITIES:
+                    value = (found.get(part) or {}).get(series)
+                    if value is not None:
+                        place = {"model": subject.label, "error": kind, "part": part, "block": int(each["block"])}
+                        yield {**place, "series": series, "value": float(value)}
 
 
 @dataclass(frozen=True)
@@ -239,10 +248,21 @@ def diagnosis(subject: Subject) -> Diagnosis:
         for each in content.get("findings") or ()
         if hasattr(each, "get")
     ]
-    answers = content.get("answers")
-    counts = [(str(kind), str(count)) for kind, count in answers.items()] if isinstance(answers, dict) else []
-    table = Table(f"Kinds of answers of {subject.label}", ("kind", "answers"), counts) if counts else None
-    return Diagnosis(subject.label, tuple(findings), table)
+    return Diagnosis(subject.label, tuple(findings), _kinds(subject, content))
+
+
+def _kinds(subject: Subject, content: dict[str, Any]) -> Table | None:
+    """How many answers of each bad kind the model and its float model gave, and what the kinds are."""
+    ours, theirs, meaning = (content.get(name) or {} for name in ("answers", "answers_float", "definitions"))
+    if not ours or not all(hasattr(each, "get") for each in (ours, theirs, meaning)):
+        return None
+    rows = [
+        [str(kind), str(count), str(theirs.get(kind, NOTHING)), str(meaning.get(kind, NOTHING))]
+        for kind, count in ours.items()
+    ]
+    asked = f", of {content['answered']} that were written" if isinstance(content.get("answered"), int) else ""
+    head = ("kind", "answers", "the float model's", "that is")
+    return Table(f"Bad answers of {subject.label}{asked}", head, rows)
 
 
 def time_panel(subjects: Sequence[Subject]) -> Panel | None:
