@@ -345,6 +345,7 @@ def test_the_recipe_marks_what_was_chosen(tmp_path: Path) -> None:
     default = {option.name: option.default for option in found["options"]}
     assert not default["seed"]
     assert default["norm"]
+    assert default["group_size"], "128, which the scheme has by itself"
     assert "versions" not in default
 
 

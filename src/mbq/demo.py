@@ -161,7 +161,7 @@ def _write_report(source: Path, folder: Path, trials: Sequence[Trial], shown_ans
         }
         pictures = shown_answers.pictures(number)
         write_run(folder / "runs" / trial.name, info, trial.results, shown_answers.of(number), pictures, place)
-    report([folder / "runs"], folder / "report.html")
+    report([folder / "runs" / trial.name for trial in trials], folder / "report.html")
 
 
 def _part(progress: Progress, models: int, total: int, name: str) -> Progress:

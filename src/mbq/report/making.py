@@ -15,6 +15,7 @@ from mbq.report.wording import NOTHING, PARTS, duration, number
 
 ALPHA_STEPS = 20  # mbq.equalization.ALPHAS, whose module imports torch
 MODALITIES = charts.MODALITIES
+STEPS = ("read", "load", "calibrate", "sensitivity", "search", "quantize")  # in the order of mbq.pipeline
 
 
 def sensitivity_panel(subjects: Sequence[Subject]) -> Panel | None:
@@ -271,7 +272,8 @@ def time_panel(subjects: Sequence[Subject]) -> Panel | None:
     if not having:
         return None
     rows = [row for subject in having for row in _read("measurements.json", subject, _seconds)]
-    labels, names = [subject.label for subject in having], list(dict.fromkeys(row["step"] for row in rows))
+    labels, found = [subject.label for subject in having], dict.fromkeys(row["step"] for row in rows)
+    names = sorted(found, key=lambda step: STEPS.index(step) if step in STEPS else len(STEPS))
     taken = {(row["model"], row["step"]): row["seconds"] for row in rows}
     table = [
         [

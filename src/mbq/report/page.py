@@ -25,6 +25,7 @@ from mbq.report.pictures import Pictures
 from mbq.report.questions import DIRECTIONS, questions
 from mbq.report.serving import serving
 from mbq.report.subjects import Subject
+from mbq.scheme import SCHEMES
 
 HERE = Path(__file__).parent
 SCRIPTS = ("vendor/vega.min.js", "vendor/vega-lite.min.js", "vendor/vega-embed.min.js", "templates/page.js")
@@ -190,11 +191,14 @@ def recipes(subjects: Sequence[Subject]) -> dict[str, Any]:
     """The options of every quantized model beside each other, and each recipe.yaml as it stands."""
     having = [subject for subject in subjects if subject.records.recipe]
     usual = vars(Recipe())
+    sizes = {name: scheme.weights.group_size for name, scheme in SCHEMES.items()}  # which recipe.yaml spells out
     names = dict.fromkeys(str(name) for subject in having for name in subject.records.recipe or {})
     options = []
     for name in names:
         values = [(subject.records.recipe or {}).get(name) for subject in having]
         plain = name in usual and all(value == _plain(usual[name]) for value in values)
+        if name == "group_size":
+            plain = all(value == sizes.get(subject.scheme) for value, subject in zip(values, having, strict=True))
         if name != "versions":
             options.append(Option(name, tuple(_shown(value) for value in values), plain))
     return {"subjects": having, "options": options}
