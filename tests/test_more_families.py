@@ -20,7 +20,7 @@ import mbq
 from mbq.architecture import Binding, bind
 from mbq.blocks import hooked
 from mbq.calibration import NO_LABEL, CalibrationBatch, calibration_batches
-from mbq.checkpoint.single_experts import single_experts_note
+from mbq.checkpoint.single_experts import transformers_note
 from mbq.errors import MBQError
 from mbq.evaluation import prepare
 from mbq.evaluation.packed import PackedDecoder
@@ -80,7 +80,7 @@ def names_of_single_experts() -> Iterator[None]:
     """What a folder's card says that transformers has to be told before it loads Qwen3-VL's experts one by one."""
     before = get_checkpoint_conversion_mapping("qwen3_vl_moe")
     register = 'register_checkpoint_conversion_mapping("qwen3_vl_moe", get_checkpoint_conversion_mapping("qwen2_moe")'
-    assert register in single_experts_note("qwen3_vl_moe", SCHEMES["W4A16_SYM"])
+    assert register in transformers_note("qwen3_vl_moe", SCHEMES["W4A16_SYM"])
     try:
         register_checkpoint_conversion_mapping(
             "qwen3_vl_moe", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True

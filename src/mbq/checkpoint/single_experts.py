@@ -33,12 +33,8 @@ register_checkpoint_conversion_mapping("{0}", get_checkpoint_conversion_mapping(
 """
 
 
-def single_experts_note(model_type: str, scheme: Scheme) -> str:
-    """Markdown for the model card of a mixture of experts: what transformers and vLLM make of the folder."""
-    return f"{_transformers_note(model_type, scheme)}\n\n{_vllm_note(scheme)}"
-
-
-def _transformers_note(model_type: str, scheme: Scheme) -> str:
+def transformers_note(model_type: str, scheme: Scheme) -> str:
+    """Markdown for the model card of a mixture of experts: whether transformers alone loads it, and how."""
     nameless = model_type in WITHOUT_NAMES
     if not scheme.weights.symmetric or not is_packed(scheme):
         what = "reads single experts from packed symmetric weights only"
@@ -55,7 +51,8 @@ def _transformers_note(model_type: str, scheme: Scheme) -> str:
     )
 
 
-def _vllm_note(scheme: Scheme) -> str:
+def vllm_note(scheme: Scheme) -> str:
+    """Markdown for the model card of a mixture of experts: what vLLM makes of it."""
     serves = scheme.weights.symmetric and scheme.weights.bits in (4, 8)
     read = "read in its source, not run"
     if serves:
