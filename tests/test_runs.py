@@ -159,6 +159,7 @@ def test_writing_and_reading_changes_nothing(tmp_path: Path) -> None:
         ("results.json", '{"model": "m"}', "is damaged"),
         ("answers.jsonl", '{"task": 1}', "is damaged"),
         ("answers.jsonl", "escape", "lies outside"),
+        ("answers.jsonl", "other", "question 1 of t|is damaged"),
     ],
 )
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -168,6 +169,8 @@ def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path, name: str, conten
     elif content == "escape":
         line = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**line, "pictures": ["../../secret.png"]}))
+    elif content == "other":
+        (folder / name).write_text((folder / name).read_text().replace('"index": 0', '"index": 1'))
     else:
         (folder / name).write_text(content)
     with pytest.raises(MBQError, match=message):

@@ -410,6 +410,47 @@ def evaluate_command(
 
 
 @command
+def compare_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of mbq evaluate --output; all against the first.")
+    ],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 if image tasks or text tasks fell by more points than this.", min=0),
+    ] = None,
+    sure: Annotated[
+        bool, typer.Option("--sure", help="--max-drop holds only if the 95 % interval keeps within it.")
+    ] = False,
+    show: Annotated[int, typer.Option(help="Print so many of the questions that flipped.", min=0)] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the comparison here.", metavar="FILE")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Compare runs on the same questions: differences with intervals, what flipped, and whether that is chance."""
+    from mbq.evaluation.compare import compare, exceeded, flips
+    from mbq.evaluation.compare_table import comparison_table, drop_line, flip_lines
+    from mbq.evaluation.runs import Run
+    from mbq.output import write_json
+
+    loaded = [Run.load(folder) for folder in runs]
+    comparisons = compare(loaded)
+    console, failures = Console(), []
+    for comparison, run in zip(comparisons, loaded[1:], strict=True):
+        console.print(comparison_table(comparison))
+        for line in flip_lines(flips(loaded[0], run, show)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if max_drop is not None:
+            over = exceeded(comparison, max_drop, sure)
+            failures += [drop_line(comparison, line, max_drop, sure) for line in over]
+    if json is not None:
+        named = [{"folder": str(run.folder), "model": run.name, "created": run.info.get("created")} for run in loaded]
+        found = [comparison.to_json() for comparison in comparisons]
+        write_json(json, {"runs": named, "comparisons": found, "failures": failures})
+    if failures:
+        typer.echo("\n".join(failures), err=True)
+        raise typer.Exit(1)
+
+
+@command
 def demo_command(
     output: Annotated[Path, typer.Option(help="A new folder for pictures and models.", metavar="DIR")] = Path(
         "mbq-demo"

@@ -79,7 +79,7 @@ class Run:
             if info["format"] != FORMAT:
                 raise MBQError(f"{folder} is a run of format {info['format']}, not {FORMAT}; evaluate the model again.")
             results = Results.load(folder / "results.json") if (folder / "results.json").exists() else None
-            answers = _read_answers(folder / "answers.jsonl")
+            answers = _read_answers(folder / "answers.jsonl", results)
             return cls(folder, {**info, "model": str(info["model"])}, results, answers)
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise MBQError(
@@ -157,14 +157,17 @@ def _file_bytes(source: ImageSource) -> bytes:
     return file.getvalue()
 
 
-def _read_answers(path: Path) -> list[Answer]:
-    if not path.exists():
+def _read_answers(path: Path, results: Results | None) -> list[Answer]:
+    if results is None or not path.exists():
         return []
     answers = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line:
             fields = json.loads(line)
-            answers.append(Answer(**{**fields, "pictures": tuple(_inside(name) for name in fields["pictures"])}))
+            answer = Answer(**{**fields, "pictures": tuple(_inside(name) for name in fields["pictures"])})
+            if bool(results.correct[answer.task][answer.index]) != answer.right or answer.index < 0:
+                raise ValueError(f"question {answer.index} of {answer.task} is not what results.json says")
+            answers.append(answer)
     return answers
 
 
