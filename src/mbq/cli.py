@@ -133,6 +133,7 @@ def _fail(sentence: str, status: int) -> None:
 def _set_up_logging(verbose: int) -> None:
     if not sys.stderr.isatty() or ranks.rank() > 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("mbq").setLevel(logging.INFO)
@@ -371,13 +372,23 @@ def sensitivity_command(
 def evaluate_command(
     folder: FolderArgument,
     baseline: Annotated[str | None, typer.Option(help="A model to compare with, question by question.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks to ask; all of them. Repeatable, or a,b,c.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks to ask, lmms-eval's too; all built-in ones. Repeatable, or a,b,c.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Questions with answers; the built-in test set.", metavar="PATH")
     ] = None,
     images: Images = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task.")] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="A folder with lmms-eval tasks of your own.", metavar="DIR")
+    ] = None,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(help="Rows to measure perplexity and KL divergence from the baseline on.", metavar="PATH"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that go through the model at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Where lmms-eval's tasks draw or sample; all else is greedy.")] = 0,
     output: Annotated[str | None, typer.Option(help="Also write a folder a model here: a run.", metavar="DIR")] = None,
     answers: Annotated[int, typer.Option(help="Wrong answers a task that a run shows.", min=0)] = 20,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer that is shown, in tokens.", min=1)] = 128,
@@ -398,7 +409,10 @@ def evaluate_command(
             data=data,
             images=images,
             limit=limit,
+            include_path=include_path,
+            perplexity=perplexity,
             batch_size=batch_size,
+            seed=seed,
             output=output,
             answers=answers,
             max_new_tokens=max_new_tokens,

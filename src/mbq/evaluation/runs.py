@@ -5,6 +5,7 @@ results.json   right and wrong, question by question (``Results.save``); not in 
 answers.jsonl  a line a question that is shown, with what the model wrote
 pictures/      the pictures of those questions
 model/         what the model's folder records of its making
+lmms_eval/     what lmms-eval's tasks wrote: samples_TASK.jsonl, a line a document
 """
 
 from __future__ import annotations
@@ -94,12 +95,14 @@ def write_run(
     answers: Sequence[Answer] = (),
     pictures: Mapping[str, ImageSource] | None = None,
     model: str | Path | None = None,
+    lmms_eval: str | Path | None = None,
 ) -> Path:
     """Write a run, whole or not at all, and return its folder.
 
-    info      run.json but for its format; "model" is the name that it is compared and shown under
-    pictures  what the answers' ``pictures`` are copies of, by name (``picture_names`` makes names)
-    model     the model's folder, whose records are copied
+    info       run.json but for its format; "model" is the name that it is compared and shown under
+    pictures   what the answers' ``pictures`` are copies of, by name (``picture_names`` makes names)
+    model      the model's folder, whose records are copied
+    lmms_eval  a folder that is copied as it is
 
     Raises MBQError where ``folder`` holds something, where it cannot be written and where a picture cannot be read.
     """
@@ -118,6 +121,8 @@ def write_run(
             if record.is_file():
                 (new / "model").mkdir(exist_ok=True)
                 shutil.copyfile(record, new / "model" / record.name)
+        if lmms_eval is not None:
+            shutil.copytree(lmms_eval, new / "lmms_eval")
     return folder
 
 
