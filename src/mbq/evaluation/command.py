@@ -165,12 +165,13 @@ def _asked(
     text = None if perplexity is None else read_rows(perplexity, images, limit=limit)
     if include_path is not None and not others:
         raise MBQError("--include-path belongs to --tasks, which names none of the tasks there; name one, or leave it.")
+    public = find_tasks(others, include_path, known) if others else None
     rows = None
     if own or (tasks is None and (given is not None or perplexity is None)):
         rows = world_questions(scratch / "world", own, limit) if given is None else select(given, own, limit)
     for pictured in (rows or [], text or []):
         check_images(pictured)
-    return Asked(rows, find_tasks(others, include_path, known) if others else None, text)
+    return Asked(rows, public, text)
 
 
 def _part(progress: Progress, name: str) -> Progress:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmms_eval.api.instance import Instance
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
@@ -73,7 +73,7 @@ class ChatModel(lmms):
                 self.progress("lmms-eval: write", len(texts), len(requests), "")
         return [texts[i] for i in range(len(requests))]
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         raise MBQError("lmms-eval's chat interface has no likelihoods; run the task with --force_simple.")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
@@ -94,17 +94,18 @@ class SimpleModel(ChatModel):
 
     is_simple = True
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """A pair a request: the mean loss of the answer's tokens, and whether greedy decoding would write them.
 
         The first is what lmms-eval's own models return and its tasks expect: the least is the best. White space at the
         ends of an answer, which separates it from its question in a plain text, is no part of an answer in a chat.
+        The pair is wrapped, because lmms-eval 0.7.3 makes a string of a pair that is not.
         """
-        found: list[tuple[float, bool]] = []
+        found: list[GenerationResult] = []
         for start in range(0, len(requests), LIKELIHOODS_READ):
             rows = list(self._answered(requests[start : start + LIKELIHOODS_READ]))
             means, greedy = likelihoods(self.model, prepare(rows, self.processor, self.batch_size))
-            found += zip(means.tolist(), greedy.tolist(), strict=True)
+            found += map(GenerationResult, zip(means.tolist(), greedy.tolist(), strict=True))
             self.progress("lmms-eval: likelihoods", len(found), len(requests), "")
         return found
 
