@@ -124,7 +124,7 @@ def test_without_a_limit_a_fall_is_no_failure(runs: list[Path]) -> None:
         ("other questions", "answered different questions"),
         ("one run", "needs two runs"),
         ("no run", "holds no run.json"),
-        ("no questions", "asked no built-in questions"),
+        ("no questions", "have no questions in common"),
     ],
 )
 def test_what_cannot_be_compared_is_a_sentence_and_status_2(
@@ -164,3 +164,38 @@ def test_two_runs_of_one_model_are_told_by_their_folders(tmp_path: Path) -> None
     folders = [run(tmp_path / part, "m", [1], [1]) for part in ("old", "new")]
     found = compare([Run.load(folder) for folder in folders])[0]
     assert (found.baseline, found.model) == tuple(map(str, folders))
+
+
+def public(folder: Path, name: str, **tasks: list) -> Path:
+    """A run of lmms-eval's tasks alone; a task's samples as the harness logs them."""
+    files = folder / f"{name}-files"
+    files.mkdir()
+    for task, values in tasks.items():
+        lines = [
+            {"doc_id": i, "target": "t", "arguments": [f"question {i}"], "metric": value}
+            for i, value in enumerate(values)
+        ]
+        (files / f"samples_{task}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+    better = {task: {"metric": True} for task in tasks}
+    results = {task: {"metric,none": 0.5} for task in tasks}
+    info = {"model": name, "lmms_eval": {"version": "0", "results": results, "higher_is_better": better}}
+    return write_run(folder / name, info, lmms_eval=files)
+
+
+def test_lmms_evals_documents_are_compared_too(tmp_path: Path) -> None:
+    before = public(tmp_path, "a", vqa=[1.0, 0.3, 0.6, 0.0], ocr=[{"score": 1}] * 4, mmmu=[{"answer": "A"}] * 4)
+    after = public(tmp_path, "b", vqa=[0.6, 0.3, 0.0, 0.9], ocr=[{"score": 0}] * 4, mmmu=[{"answer": "B"}] * 4)
+    lines = {line.name: line for line in compare([Run.load(before), Run.load(after)])[0].lines}
+    assert list(lines) == ["vqa", "ocr", "lmms-eval tasks"], "MMMU's documents have no number of their own"
+    assert lines["vqa"].difference.estimate == pytest.approx((1.8 - 1.9) / 4)
+    assert (lines["vqa"].lost, lines["vqa"].gained, lines["vqa"].agreement) == (2, 1, 0.25)
+    assert lines["lmms-eval tasks"].difference.estimate == pytest.approx((-0.025 - 1) / 2)
+    assert lines["ocr"].p == pytest.approx(mcnemar(4, 0))
+    assert mbq_compare(before, after, "--max-drop", "50").exit_code == 1
+    assert mbq_compare(before, after, "--max-drop", "52").exit_code == 0
+
+
+def test_other_documents_are_refused(tmp_path: Path) -> None:
+    done = mbq_compare(public(tmp_path, "a", vqa=[1.0, 0.0]), public(tmp_path, "b", vqa=[1.0]))
+    assert done.exit_code == 2
+    assert "answered different questions" in done.stderr

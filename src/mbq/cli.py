@@ -430,7 +430,7 @@ def compare_command(
     ],
     max_drop: Annotated[
         float | None,
-        typer.Option(help="Exit with 1 if image tasks or text tasks fell by more points than this.", min=0),
+        typer.Option(help="Exit with 1 if a kind of tasks (image, text, lmms-eval) fell by more points.", min=0),
     ] = None,
     sure: Annotated[
         bool, typer.Option("--sure", help="--max-drop holds only if the 95 % interval keeps within it.")
@@ -440,7 +440,8 @@ def compare_command(
     verbose: Verbose = 0,
 ) -> None:
     """Compare runs on the same questions: differences with intervals, what flipped, and whether that is chance."""
-    from mbq.evaluation.compare import compare, exceeded, flips
+    from mbq.evaluation.command import other_tables
+    from mbq.evaluation.compare import compare, exceeded, flips, names_of
     from mbq.evaluation.compare_table import comparison_table, drop_line, flip_lines
     from mbq.evaluation.runs import Run
     from mbq.output import write_json
@@ -455,6 +456,8 @@ def compare_command(
         if max_drop is not None:
             over = exceeded(comparison, max_drop, sure)
             failures += [drop_line(comparison, line, max_drop, sure) for line in over]
+    for table in other_tables(names_of(loaded), [run.info for run in loaded]):
+        console.print(table)
     if json is not None:
         named = [{"folder": str(run.folder), "model": run.name, "created": run.info.get("created")} for run in loaded]
         found = [comparison.to_json() for comparison in comparisons]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 import mbq
 from mbq.checkpoint.folder import check_new
@@ -40,14 +41,14 @@ class Asked:
     text: list[Row] | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluated:
     """A model: where it is, what run.json will say, right and wrong, and what lmms-eval's tasks have written."""
 
     path: str | Path
     info: dict[str, Any]
-    files: Path
-    results: Results | None = None
+    results: Results | None
+    files: Path | None
 
 
 def run(
@@ -91,55 +92,42 @@ def run(
         raise MBQError(
             "--images belongs to --data, which is missing; give both, or neither for the built-in questions."
         )
-    console = console or Console()
     paths = (model,) if baseline is None else (baseline, model)
     names = run_names(paths)
     if output is not None:
         for name in names:
             check_new(Path(output) / name)
-    options: dict[str, Any] = {
-        "tasks": tasks,
-        "data": data,
-        "images": images,
-        "limit": limit,
-        "include_path": include_path,
-    }
+    options: dict[str, Any] = {"tasks": tasks, "data": data, "images": images, "limit": limit}
+    options |= {"include_path": include_path, "perplexity": perplexity}
     with tempfile.TemporaryDirectory(prefix="mbq-evaluate-") as scratch:
-        asked = _asked(Path(scratch), **options, perplexity=perplexity)
-        said = {name: _plain(value) for name, value in options.items()} | {"perplexity": _plain(perplexity)}
+        asked = _asked(Path(scratch), **options)
         processor = mbq.load_processor(paths[0], loading.get("trust_remote_code", False))
         questions = None if asked.rows is None else prepare(asked.rows, processor, batch_size, progress)
         shown = None if questions is None else Examples(questions, answers, max_new_tokens, batch_size)
         found: list[Evaluated] = []
         reference = None
         for path, name in zip(paths, names, strict=True):
-            loaded = mbq.load(path, **loading)
-            one = Evaluated(path, run_info(loaded, path, name) | {"data": said}, Path(scratch) / f"lmms_eval-{name}")
-            started = time.monotonic()
-            found.append(one)
             bar = progress if len(paths) == 1 else _part(progress, name)
+            loaded = mbq.load(path, **loading)
+            info = run_info(loaded, path, name) | {"data": _plain(options)}
+            started = time.monotonic()
+            results = files = None
             if questions is not None and shown is not None:
-                one.results = evaluate(loaded, questions, name=name, progress=bar)
+                results = evaluate(loaded, questions, name=name, progress=bar)
                 if output is not None:
-                    shown.add(loaded, one.results, bar)
+                    shown.add(loaded, results, bar)
             if asked.public is not None:
-                one.files.mkdir()
-                one.info["lmms_eval"] = evaluate_tasks(
-                    loaded,
-                    processor,
-                    asked.public,
-                    one.files,
-                    limit=limit,
-                    batch_size=batch_size,
-                    seed=seed,
-                    progress=bar,
+                files = Path(scratch) / f"lmms_eval-{name}"
+                files.mkdir()
+                info["lmms_eval"] = evaluate_tasks(
+                    loaded, processor, asked.public, files, limit=limit, batch_size=batch_size, seed=seed, progress=bar
                 )
             if asked.text is not None:
-                one.info["text"] = measure_text(loaded, processor, asked.text, reference, bar).to_json()
+                info["text"] = measure_text(loaded, processor, asked.text, reference, bar).to_json()
                 reference = loaded  # the baseline stays, to be read side by side with the model
-            one.info["seconds"] = round(time.monotonic() - started, 2)
+            found.append(Evaluated(path, info | {"seconds": round(time.monotonic() - started, 2)}, results, files))
             del loaded  # before the next one needs its memory
-        _print(console, found)
+        _print(console or Console(), found)
         if output is not None:
             for number, one in enumerate(found):
                 _write(Path(output), one, shown, number)
@@ -184,7 +172,9 @@ def _part(progress: Progress, name: str) -> Progress:
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON has it."""
+    """Options as JSON has them."""
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
@@ -195,18 +185,25 @@ def _print(console: Console, found: Sequence[Evaluated]) -> None:
     names = [one.info["model"] for one in found]
     if results:
         console.print(results_table(results))
-    if found[0].info["lmms_eval"] is not None:
-        console.print(public_table(names, [one.info["lmms_eval"] for one in found]))
-    if found[0].info["text"] is not None:
-        console.print(text_table(names, [one.info["text"] for one in found]))
+    for table in other_tables(names, [one.info for one in found]):
+        console.print(table)
+
+
+def other_tables(names: Sequence[str], infos: Sequence[dict[str, Any]]) -> list[Table]:
+    """What runs hold beside right and wrong answers, by their run.json, where all of them hold it."""
+    made = []
+    for key, table in (("lmms_eval", public_table), ("text", text_table)):
+        parts = [info[key] for info in infos if info.get(key)]
+        if len(parts) == len(infos):
+            made.append(table(names, parts))
+    return made
 
 
 def _write(output: Path, one: Evaluated, shown: Examples | None, number: int) -> None:
     answered = shown.of(number) if shown is not None else []
     pictures = shown.pictures(number) if shown is not None else {}
     records = model_folder(one.path, weights=False)
-    files = one.files if one.files.exists() else None
-    write_run(output / one.info["model"], one.info, one.results, answered, pictures, records, files)
+    write_run(output / one.info["model"], one.info, one.results, answered, pictures, records, one.files)
 
 
 def run_names(paths: Sequence[str | Path]) -> list[str]:

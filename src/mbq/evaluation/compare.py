@@ -10,24 +10,26 @@ import numpy as np
 from scipy import stats
 
 from mbq.errors import MBQError
+from mbq.evaluation.documents import document_results
 from mbq.evaluation.results import Results
 from mbq.evaluation.runs import Answer, Run
 from mbq.evaluation.statistics import Interval
 
-Kind = Literal["task", "image", "text"]
+Kind = Literal["task", "image", "text", "lmms-eval"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Two runs on some tasks: one, all that show pictures, or all that show none.
+    """Two runs on some tasks: one, all that show pictures, all that show none, or all of lmms-eval's.
 
     before, after  mean accuracy over the tasks of the first run and of the other
     difference     after less before; its 95 % interval is the paired bootstrap's, which keeps the questions about one
                    picture together
-    lost, gained   questions that only the first, or only the other, has right
-    agreement      share of the questions that both have right or both have wrong
+    lost, gained   questions that only the first, or only the other, has right (with fractions: that it has more of)
+    agreement      share of the questions that both have right or both have wrong (with fractions: equally right)
     p              McNemar's exact test: how probable flips as uneven as these are where lost and gained are equally
-                   likely (a binomial test of the flips; Psychometrika 12, 1947). It takes questions as independent
+                   likely (a binomial test of the flips; Psychometrika 12, 1947; with fractions, the sign test). It
+                   takes questions as independent
     """
 
     kind: Kind
@@ -47,7 +49,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run against the first: ``lines`` by task and, at the end of each, by modality."""
+    """A run against the first: ``lines`` by task and, behind the tasks of each kind, of the kind."""
 
     baseline: str
     model: str
@@ -74,26 +76,35 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
     """Every run against the first. Raises MBQError where they did not answer the same questions."""
     if len(runs) < 2:
         raise MBQError("A comparison needs two runs at least; name the folders that mbq evaluate --output wrote.")
-    results = [results_of(run) for run in runs]
+    names = names_of(runs)
+    builtin = [run.results for run in runs]
+    public = [document_results(run) for run in runs]
+    found = []
+    for number in range(1, len(runs)):
+        lines: list[Line] = []
+        for results in (builtin, public):
+            before, after = results[0], results[number]
+            if before is not None and after is not None:
+                lines += _lines(before, after, "text" if results is builtin else "lmms-eval")
+        if not lines:
+            raise MBQError(
+                f"{names[0]} and {names[number]} have no questions in common that are stored one by one; evaluate "
+                "both on the same tasks."
+            )
+        found.append(Comparison(names[0], names[number], lines))
+    return found
+
+
+def names_of(runs: Sequence[Run]) -> list[str]:
+    """The models' names, or the folders where two runs are of one model."""
     names = [run.name for run in runs]
-    if len(set(names)) < len(names):  # two runs of one model: tell them by their folders
-        names = [str(run.folder) for run in runs]
-    return [
-        Comparison(names[0], name, _lines(results[0], other))
-        for name, other in zip(names[1:], results[1:], strict=True)
-    ]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
 
-def results_of(run: Run) -> Results:
-    """Raises MBQError for a run that has nothing question by question."""
-    if run.results is None:
-        raise MBQError(f"The run {run.folder} asked no built-in questions, so nothing can be compared one by one.")
-    return run.results
-
-
-def _lines(before: Results, after: Results) -> list[Line]:
+def _lines(before: Results, after: Results, others: Kind) -> list[Line]:
+    """By task and kind; ``others`` is what tasks are that show no pictures, or may."""
     lines = []
-    kinds: list[tuple[Kind, tuple[str, ...]]] = [("image", before.image_tasks), ("text", before.text_tasks)]
+    kinds: list[tuple[Kind, tuple[str, ...]]] = [("image", before.image_tasks), (others, before.text_tasks)]
     for kind, tasks in kinds:
         lines += [_line("task", task, [task], before, after) for task in tasks]
         if tasks:
@@ -104,14 +115,16 @@ def _lines(before: Results, after: Results) -> list[Line]:
 def _line(kind: Kind, name: str, tasks: list[str], before: Results, after: Results) -> Line:
     difference = after.minus(before, tasks)  # refuses different questions before they are laid side by side
     one, other = (np.concatenate([results.correct[task] for task in tasks]) for results in (before, after))
-    lost, gained = int((one & ~other).sum()), int((~one & other).sum())
-    means = [results.accuracy(tasks[0]) if kind == "task" else results.mean(tasks) for results in (before, after)]
+    lost, gained = int((one > other).sum()), int((one < other).sum())
+    counted = kind == "task" and one.dtype == other.dtype == bool
+    means = [results.accuracy(tasks[0]) if counted else results.mean(tasks) for results in (before, after)]
     p = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-    return Line(kind, name, len(one), means[0], means[1], difference, lost, gained, float((one == other).mean()), p)
+    agreement = float((one == other).mean())
+    return Line(kind, name, len(one), means[0], means[1], difference, lost, gained, agreement, p)
 
 
 def exceeded(comparison: Comparison, max_drop: float, sure: bool = False) -> list[Line]:
-    """The modalities whose accuracy fell by more than ``max_drop`` percentage points.
+    """The kinds of tasks (image, text, lmms-eval) whose mean fell by more than ``max_drop`` percentage points.
 
     sure  take the lower bound of the difference's interval in place of the estimate, so that what passes is within
           ``max_drop`` as far as the questions can tell. (Where nothing flipped a bootstrap's interval is a point.)
@@ -130,8 +143,10 @@ def flips(before: Run, after: Run, limit: int | None = None) -> list[Flip]:
 
     The run that has a question right wrote the reference.
     """
-    old, new = results_of(before), results_of(after)
+    old, new = before.results, after.results
     found: list[Flip] = []
+    if old is None or new is None:
+        return found
     for run, other, lost in ((after, old, True), (before, new, False)):
         for answer in run.answers:
             if not answer.right and other.correct[answer.task][answer.index]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from PIL import ImageFile
 from rich import box
 from rich.table import Table
@@ -136,7 +137,7 @@ def evaluate_tasks(
                     process_docs_parallel=1,
                     cli_args=SimpleNamespace(output_path=str(folder), process_with_media=False),
                 )
-            except MBQError:
+            except (MBQError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise MBQError(f"lmms-eval failed on {', '.join(names)}: {_reason(error)}.") from error
