@@ -24,13 +24,13 @@ from mbq.experts import Expert, Experts, left_whole, split_experts
 from mbq.fuse import LinearSlice, use_kernel
 from mbq.inspection import inspect
 from mbq.methods import METHODS
-from mbq.pipeline import measure_sensitivity
+from mbq.pipeline import _warn_unreached, measure_sensitivity
 from mbq.qlinear import QuantLinear
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.recipe import Recipe
 from mbq.routing import routing
 from mbq.scheme import SCHEMES
-from mbq.search import equalize_model, token_roles
+from mbq.search import GroupSearch, equalize_model, token_roles
 from mbq.sensitivity import token_gradients
 from tests.calibrated import batches_for
 from tests.conftest import row as json_row
@@ -168,7 +168,7 @@ def never_chosen(model: nn.Module, processor: Any, expert: int = 4) -> None:
 def test_experts_that_no_token_reaches_are_named_and_rounded_to_nearest(method: str, tmp_path: Path) -> None:
     model, processor = tiny("qwen3_vl_moe")
     never_chosen(model, processor)
-    with pytest.warns(MBQWarning, match=r"No calibration token reached 1 experts \(block 1: 4\), whose down_proj"):
+    with pytest.warns(MBQWarning, match=r"No calibration token reached 1 of the experts \(block 1: 4\), whose"):
         result = mbq.quantize(model, processor, data=ROWS, output=tmp_path / "out", method=method, **W3, **OPTIONS)
     assert result.unreached == {BLOCK: [4]}
     rows = {r["group"]: r for r in json.loads((tmp_path / "out" / "search.json").read_text()) if r["block"] == BLOCK}
@@ -181,6 +181,12 @@ def test_experts_that_no_token_reaches_are_named_and_rounded_to_nearest(method: 
     scheme = Recipe(**W3).numbers
     nearest = METHODS["rtn"].round(down, scheme.weights)
     assert torch.equal(layer.weight_packed, QuantLinear.from_qtensor(nearest, scheme).weight_packed)
+
+
+def test_a_warning_of_many_experts_counts_them() -> None:
+    rows = [GroupSearch(block, f"down.{expert}", tokens=0) for block in (0, 3) for expert in range(30)]
+    with pytest.warns(MBQWarning, match=r"reached 60 of the experts \(30 in block 0, 30 in block 3\), whose"):
+        _warn_unreached([*rows, GroupSearch(0, "down.30", 0.5, tokens=1)])
 
 
 def test_nothing_is_said_where_all_are_reached_or_nothing_is_searched(tmp_path: Path) -> None:
