@@ -13,6 +13,7 @@ from mbq.qtensor import fake_quantize
 from mbq.scheme import SCHEMES
 from mbq.world import TASKS
 from mbq.world.scene import LOWEST_NUMBER, cells, paint, sample_scenes, sprites
+from training import pretraining
 from training import train as training
 from training.build import BUILDERS, build
 from training.data import IGNORED, BatchMaker, cell_contents
@@ -75,7 +76,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LEARN", dict.fromkeys(training.LEARN, 4))
     monkeypatch.setattr(training, "CAPTION", {"caption": 2})
     monkeypatch.setattr(training, "CHUNK", 2)
-    monkeypatch.setattr(training, "SEE_STEPS", 1)
+    monkeypatch.setattr(pretraining, "SEE_STEPS", 1)
 
 
 @pytest.mark.usefixtures("small_batches")

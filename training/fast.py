@@ -37,6 +37,14 @@ def llava_onevision_features(model: Any, images: torch.Tensor) -> torch.Tensor:
     return torch.cat([base, tile], dim=1)
 
 
+def llava_features(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """[n, 16, hidden]: the tower's hidden states of the layer that the configuration names, projector."""
+    inner, config = model.model, model.config
+    hidden = inner.vision_tower(images, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    first = 1 if config.vision_feature_select_strategy == "default" else 0  # behind the class token
+    return inner.multi_modal_projector(hidden[:, first:])
+
+
 def qwen2_vl_features(model: Any, images: torch.Tensor) -> torch.Tensor:
     """[n, 16, hidden]: the ViT with attention batched over pictures of one size."""
     visual = model.model.visual
@@ -69,6 +77,9 @@ FEATURES = {
     "internvl": internvl_features,
     "llava_onevision": llava_onevision_features,
     "qwen2_vl": qwen2_vl_features,
+    "llava_siglip": llava_features,
+    "llava_clip": llava_features,
+    "llava_dinov2": llava_features,
 }
 
 

@@ -105,6 +105,10 @@ INTERNVL_VISION_GROUPS = (
     ),
     LinearGroup("fc1", "layernorm_after", ("mlp.fc1",), "mlp", "mlp"),
 )
+DINOV2_GROUPS = (
+    LinearGroup("qkv", "norm1", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention", "attn"),
+    LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
+)
 FUSED_VISION_GROUPS = (  # Qwen2-VL's tower and the original InternViT
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
@@ -130,6 +134,7 @@ PIXTRAL_GROUPS = (
 VISION_GROUPS = (
     SIGLIP_GROUPS,
     INTERNVL_VISION_GROUPS,
+    DINOV2_GROUPS,
     FUSED_VISION_GROUPS,
     QWEN2_5_VISION_GROUPS,
     QWEN3_VISION_GROUPS,
