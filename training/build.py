@@ -258,13 +258,12 @@ def _qwen2_vl() -> tuple[Any, Any]:
     return Qwen2VLForConditionalGeneration(config), processor
 
 
+TOWERS = {"llava_siglip": SIGLIP, "llava_clip": CLIP, "llava_dinov2": DINOV2}
 BUILDERS = {
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen2_vl,
-    "llava_siglip": partial(_llava, SIGLIP),
-    "llava_clip": partial(_llava, CLIP),
-    "llava_dinov2": partial(_llava, DINOV2),
+    **{name: partial(_llava, tower) for name, tower in TOWERS.items()},
 }
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mbq.world.scene import paint, sprites
+from training.build import TOWERS
 
 
 def pixels(cell: torch.Tensor, atlas: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -77,9 +78,7 @@ FEATURES = {
     "internvl": internvl_features,
     "llava_onevision": llava_onevision_features,
     "qwen2_vl": qwen2_vl_features,
-    "llava_siglip": llava_features,
-    "llava_clip": llava_features,
-    "llava_dinov2": llava_features,
+    **dict.fromkeys(TOWERS, llava_features),
 }
 
 

@@ -303,6 +303,7 @@ TRAINED = (
     "LlavaOnevisionForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
 )
 
 # Known, and not quantized yet: what they have that no group of linears describes.
