@@ -75,10 +75,11 @@ How many times as large one model's mean ratio on captions is as another's:
 """
 
 ANSWER = """**Not of the tower's architecture, as far as these runs can tell.** A decoder block's gradients depend on
-the tower only through the features that it gives. Among the four LLaVA models that learned captions, DINOv2's have {cells} times CLIP's ratio where both towers learned cells, and {own} times
-where each learned as its namesake; two models of one tower are {clip} (CLIP) and {dinov2} (DINOv2) apart. At most that
-is a direction: the difference between towers is hardly larger than that between two models of one tower, and each is a
-pair. So the ratio is to be measured on the model and the data at hand, as `mbq quantize` does."""
+the tower only through the features that it gives. Among the four LLaVA models that learned captions, DINOv2's have
+{cells} times CLIP's ratio where both towers learned cells, and {own} times where each learned as its namesake; two
+models of one tower are {clip} (CLIP) and {dinov2} (DINOv2) apart. At most that is a direction: the difference between
+towers is hardly larger than that between two models of one tower, and each is a pair. So the ratio is to be measured on
+the model and the data at hand, as `mbq quantize` does."""
 
 OTHERS = """Three other things move the ratio more. What is asked: short questions instead of captions give one and the
 same model {least} to {most} times the ratio. What was learned: SigLIP's two models, none of whose captions are right,
@@ -89,11 +90,11 @@ samples, at {ov_median} and {iv_median}. Qwen2-VL is surely below both (median {
 model (grouped queries, another rope) and its training all differ from theirs, and nothing here tells them apart."""
 
 LIMITS = """What this cannot say. Each row is one run, and no recipe was learned twice, so the spread between seeds
-alone is unknown: two models of one tower differ in the seed and in what the tower learned first. The runs ended at different
-places ({low:.0f} to {high:.0f} % of the image tasks, without SigLIP), and a ratio moves with that, too. Contrastive
-learning and distillation on 512 drawn pictures a step are not CLIP's or DINOv2's pretraining, and the towers went on
-learning with the language model, which LLaVA-1.5's does not. All models have four blocks of 128 channels and know one
-small world; the intervals are over its pictures alone."""
+alone is unknown: two models of one tower differ in the seed and in what the tower learned first. The runs ended at
+different places ({low:.0f} to {high:.0f} % of the image tasks, without SigLIP), and a ratio moves with that, too.
+Contrastive learning and distillation on 512 drawn pictures a step are not CLIP's or DINOv2's pretraining, and the
+towers went on learning with the language model, which LLaVA-1.5's does not. All models have four blocks of 128 channels
+and know one small world; the intervals are over its pictures alone."""
 
 PAIRS = (
     ("one tower, another start and seed", "llava_clip-cells", "llava_clip"),

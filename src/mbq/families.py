@@ -109,6 +109,16 @@ DINOV2_GROUPS = (
     LinearGroup("qkv", "norm1", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
 )
+DINOV2_GROUPS_5_17 = (  # as transformers 5.17 names them
+    LinearGroup(
+        "qkv",
+        "norm1",
+        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        "attention",
+        "attn",
+    ),
+    DINOV2_GROUPS[1],
+)
 FUSED_VISION_GROUPS = (  # Qwen2-VL's tower and the original InternViT
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
@@ -135,6 +145,7 @@ VISION_GROUPS = (
     SIGLIP_GROUPS,
     INTERNVL_VISION_GROUPS,
     DINOV2_GROUPS,
+    DINOV2_GROUPS_5_17,
     FUSED_VISION_GROUPS,
     QWEN2_5_VISION_GROUPS,
     QWEN3_VISION_GROUPS,
