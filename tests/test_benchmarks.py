@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-import numpy as np
 import pytest
 import torch
 
-from benchmarks import decode_step, engines_page, prefill, scaling_page, search, sensitivity, sensitivity_page
-from benchmarks.results import ROOT, weights_hash
-from benchmarks.sensitivity_means import MODELS, Means, interval
+from benchmarks import decode_models, decode_step, engines_page, prefill, scaling_page, search
 from mbq.kernels.packed import pack_weight
 from mbq.kernels.reference import linear
 from mbq.qtensor import QTensor
@@ -71,7 +68,7 @@ def test_a_step_is_compared_with_both_kinds_of_16_bits() -> None:
 def test_the_models_of_a_step_have_their_published_sizes() -> None:
     """Parameters in billions, as the model cards give them: 8.03 and 8.29, without weights."""
     for family, billions in (("llava_onevision", 8.03), ("qwen2_vl", 8.29)):
-        made, config = decode_step.FAMILIES[family]()
+        made, config = decode_models.FAMILIES[family]()
         with torch.device("meta"):
             model = made(config)
         assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.02)
@@ -100,32 +97,3 @@ def test_the_page_of_scaling_shows_what_is_stored() -> None:
 def test_the_page_of_engines_shows_what_is_stored() -> None:
     shown = engines_page.PAGE.read_text(encoding="utf-8").partition(engines_page.BEGIN)
     assert shown[1] + shown[2] == engines_page.page()
-
-
-def test_the_page_of_sensitivity_shows_what_is_stored() -> None:
-    """And what is stored of the models in models/ was measured on their weights."""
-    found = sensitivity.stored()
-    assert list(found) == list(MODELS)
-    assert (ROOT / "docs" / "sensitivity.md").read_text(encoding="utf-8") == sensitivity_page.page(found)
-    kept = [name for name in found if (ROOT / "models" / name).is_dir()]
-    assert {"llava_clip", "llava_dinov2"} < set(kept)
-    assert {name: found[name][0]["weights"] for name in kept} == {
-        name: weights_hash(ROOT / "models" / name) for name in kept
-    }
-
-
-def test_ratios_are_of_means_and_their_intervals_of_samples() -> None:
-    """Where every sample has the same gradients nothing varies; where they differ the interval is about the ratio's."""
-    generator = np.random.default_rng(0)
-    vision = generator.gamma(4.0, size=(400, 2, 2))
-    language = 5 * generator.gamma(4.0, size=(400, 2, 2))
-    vision[:, 1] = 0  # the last block's
-    ratios = Means(vision, language).ratios()
-    assert ratios.shape[1:] == (1, 2)
-    np.testing.assert_allclose(ratios[0, 0], language[:, 0].mean(0) / vision[:, 0].mean(0))
-    found = interval(ratios[:, 0, 0])
-    error = found.estimate * np.sqrt(2 / 4 / 400)  # by the delta method; a gamma's relative deviation is 1 / sqrt(4)
-    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.2)
-    same = Means(np.ones((5, 2, 2)), np.full((5, 2, 2), 3.0))
-    np.testing.assert_allclose(same.mean_ratios(), 3.0)
-    np.testing.assert_allclose(same.median_ratios(), 3.0)
