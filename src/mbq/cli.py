@@ -41,6 +41,8 @@ from mbq.options import (
     Offload,
     OffloadFolder,
     Parity,
+    Private,
+    PushToHub,
     Resume,
     Samples,
     Scheme,
@@ -66,6 +68,8 @@ app = typer.Typer(
 )
 
 DEFAULT = Recipe()
+# Arguments of mbq quantize and mbq export that are no options of the recipe.
+NO_RECIPE = ("model", "output", "resume", "push_to_hub", "private", "verbose")
 # By torchrun's processes; the others are rank 0's alone.
 SHARED = ("quantize_command", "export_command", "sensitivity_command")
 
@@ -139,6 +143,7 @@ def _set_up_logging(verbose: int) -> None:
         logging.getLogger("mbq").setLevel(logging.INFO)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", MBQWarning)
     warnings.showwarning = lambda message, *rest: typer.echo(f"mbq: {message}", err=True)
@@ -154,6 +159,23 @@ def _announce(console: Console) -> Callable[[object], None]:
 def _errors() -> Console:
     """Progress goes to stderr, so that stdout holds results only."""
     return Console(stderr=True)
+
+
+def _check_push(push_to_hub: str | None, private: bool) -> None:
+    """Whether the upload can succeed, before the search."""
+    if push_to_hub is None and private:
+        raise MBQError("--private is of the repository that --push-to-hub names; give both.")
+    if push_to_hub is not None and ranks.rank() == 0:
+        from mbq.publishing import check_push
+
+        check_push(push_to_hub, private)
+
+
+def _push(folder: Path, repository: str | None, private: bool) -> None:
+    if repository is not None:
+        from mbq.publishing import push
+
+        typer.echo(str(push(folder, repository, private)))
 
 
 @command
@@ -189,13 +211,16 @@ def quantize_command(
     activations: Activations = DEFAULT.activations,
     offload_folder: OffloadFolder = None,
     resume: Resume = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Quantize a vision-language model and write it as a folder that mbq and transformers load."""
-    options = {name: value for name, value in locals().items() if name not in ("model", "output", "resume", "verbose")}
+    options = {name: value for name, value in locals().items() if name not in NO_RECIPE}
     options["ignore"] = ignore or ()
     Recipe.of(**options)  # a wrong option is told before torch is imported
+    _check_push(push_to_hub, private)
     from mbq.pipeline import quantize
 
     console = _errors()
@@ -205,6 +230,7 @@ def quantize_command(
         )
     if ranks.rank() == 0:
         typer.echo(str(result))
+        _push(output, push_to_hub, private)
 
 
 @command
@@ -243,14 +269,16 @@ def export_command(
     activations: Activations = DEFAULT.activations,
     offload_folder: OffloadFolder = None,
     resume: Resume = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Equalize a vision-language model as mbq quantize does, and write it without quantizing it."""
-    others = ("model", "output", "format", "resume", "verbose")
-    options = {name: value for name, value in locals().items() if name not in (*others, "others")}
+    options = {name: value for name, value in locals().items() if name not in (*NO_RECIPE, "format")}
     options["ignore"] = ignore or ()
     Recipe.of(**options)
+    _check_push(push_to_hub, private)
     from mbq.exporting import export
 
     console = _errors()
@@ -266,6 +294,7 @@ def export_command(
         )
     if ranks.rank() == 0:
         typer.echo(str(result))
+        _push(output, push_to_hub, private)
 
 
 @command
@@ -487,6 +516,30 @@ def doctor_command(verbose: Verbose = 0) -> None:
     from mbq.doctor import doctor
 
     doctor(Console())
+
+
+@command
+def card_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
+    results: Annotated[Path, typer.Option(help="The run of this model (mbq evaluate --output).", metavar="RUN")],
+    baseline: Annotated[Path | None, typer.Option(help="A run to compare with.", metavar="RUN")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Write what mbq evaluate found into the folder's model card."""
+    from mbq.card_results import write_results
+
+    typer.echo(f"Wrote {write_results(folder, results, baseline)}")
+
+
+@command
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME[@BRANCH]", help="A repository on the hub.")],
+    private: Private = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Upload a folder to the Hugging Face hub, its model's files and no others."""
+    _push(folder, repository, private)
 
 
 @command
