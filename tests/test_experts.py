@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 
 import mbq
 from mbq.architecture import Binding, bind
@@ -24,13 +24,13 @@ from mbq.experts import Expert, Experts, left_whole, split_experts
 from mbq.fuse import LinearSlice, use_kernel
 from mbq.inspection import inspect
 from mbq.methods import METHODS
-from mbq.pipeline import measure_sensitivity
+from mbq.pipeline import _warn_unreached, measure_sensitivity
 from mbq.qlinear import QuantLinear
 from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.recipe import Recipe
 from mbq.routing import routing
 from mbq.scheme import SCHEMES
-from mbq.search import equalize_model, token_roles
+from mbq.search import GroupSearch, equalize_model, token_roles
 from mbq.sensitivity import token_gradients
 from tests.calibrated import batches_for
 from tests.conftest import row as json_row
@@ -168,7 +168,7 @@ def never_chosen(model: nn.Module, processor: Any, expert: int = 4) -> None:
 def test_experts_that_no_token_reaches_are_named_and_rounded_to_nearest(method: str, tmp_path: Path) -> None:
     model, processor = tiny("qwen3_vl_moe")
     never_chosen(model, processor)
-    with pytest.warns(MBQWarning, match=r"No calibration token reached 1 experts \(block 1: 4\), whose down_proj"):
+    with pytest.warns(MBQWarning, match=r"No calibration token reached 1 of the experts \(block 1: 4\), whose"):
         result = mbq.quantize(model, processor, data=ROWS, output=tmp_path / "out", method=method, **W3, **OPTIONS)
     assert result.unreached == {BLOCK: [4]}
     rows = {r["group"]: r for r in json.loads((tmp_path / "out" / "search.json").read_text()) if r["block"] == BLOCK}
@@ -181,6 +181,12 @@ def test_experts_that_no_token_reaches_are_named_and_rounded_to_nearest(method: 
     scheme = Recipe(**W3).numbers
     nearest = METHODS["rtn"].round(down, scheme.weights)
     assert torch.equal(layer.weight_packed, QuantLinear.from_qtensor(nearest, scheme).weight_packed)
+
+
+def test_a_warning_of_many_experts_counts_them() -> None:
+    rows = [GroupSearch(block, f"down.{expert}", tokens=0) for block in (0, 3) for expert in range(30)]
+    with pytest.warns(MBQWarning, match=r"reached 60 of the experts \(30 in block 0, 30 in block 3\), whose"):
+        _warn_unreached([*rows, GroupSearch(0, "down.30", 0.5, tokens=1)])
 
 
 def test_nothing_is_said_where_all_are_reached_or_nothing_is_searched(tmp_path: Path) -> None:
@@ -239,7 +245,7 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytes
     for index in range(3):
         picture(index).save(tmp_path / f"{index}.png")
     data = write_rows(tmp_path / "rows.jsonl", [json_row(f"{index}.png", "A red circle.") for index in range(3)])
-    options = {"data": data, "images": tmp_path, **W3, **OPTIONS}
+    options = {"data": data, "images": tmp_path, "ignore": ("re:.*experts.1.up_proj",), **W3, **OPTIONS}
     mbq.quantize(tmp_path / "float", output=tmp_path / "whole", **options)
 
     def interrupted(step: str, done: int, of: int, note: str) -> None:
@@ -308,3 +314,24 @@ def test_gate_and_up_of_an_expert_are_one_layer(monkeypatch: pytest.MonkeyPatch)
         assert isinstance(expert.gate_proj, LinearSlice)
         assert expert.gate_proj.fused is expert.up_proj.fused
     torch.testing.assert_close(logits(result.model, given), before)
+
+
+@pytest.mark.parametrize("scheme", ["W3A16", "W8A8"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe"])
+def test_a_card_says_what_transformers_makes_of_the_folder(family: str, scheme: str, tmp_path: Path) -> None:
+    model, processor = tiny(family)
+    size = 32 if scheme == "W3A16" else None
+    mbq.quantize(model, processor, method="rtn", scheme=scheme, group_size=size, output=tmp_path / "out", device="cpu")
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "transformers alone must not load this folder" in card
+    plain = {"quantization_config": CompressedTensorsConfig(dequantize=True), "output_loading_info": True}
+    if family == "glm4v_moe":
+        assert "a plain `from_pretrained` ends with an error" in card
+        with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "out", **plain)
+        return
+    assert "makes up random experts, with no more than a report" in card
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", **plain)
+    assert EXPERTS_UP in info["missing_keys"]
+    kernels = "and has kernels" if scheme == "W8A8" else "but has no kernels"
+    assert f"vLLM reads the experts under these names, {kernels} for such weights" in card

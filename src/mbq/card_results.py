@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from mbq.checkpoint.folder import write_file
 from mbq.errors import MBQError
+from mbq.evaluation.public import plus_minus, scores
 from mbq.evaluation.results import Results
 from mbq.evaluation.runs import Run
 from mbq.evaluation.statistics import Interval
@@ -139,13 +140,8 @@ def _public_lines(summary: Mapping[str, Any], baseline: Run | None) -> Iterator[
 
 def _scores(summary: Mapping[str, Any]) -> Iterator[tuple[str, str, float, str]]:
     """Task, metric, value, and the value with its standard error, of lmms-eval's own summary."""
-    for task, metrics in summary.get("results", {}).items():
-        for key, value in metrics.items():
-            metric, _, kind = key.partition(",")
-            if isinstance(value, int | float) and kind and not metric.endswith("_stderr"):
-                error = metrics.get(f"{metric}_stderr,{kind}")
-                shown = f"{value:.4f}" + (f" ±{error:.4f}" if isinstance(error, int | float) else "")
-                yield task, metric if kind == "none" else f"{metric} ({kind})", float(value), shown
+    for task, metric, value, error in scores(summary):
+        yield task, metric, value, plus_minus(value, error)
 
 
 def _eval_results(results: Results, info: Mapping[str, Any]) -> Iterator[EvalResult]:

@@ -138,6 +138,7 @@ def _fail(sentence: str, status: int) -> None:
 def _set_up_logging(verbose: int) -> None:
     if not sys.stderr.isatty() or ranks.rank() > 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("mbq").setLevel(logging.INFO)
@@ -408,13 +409,23 @@ def sensitivity_command(
 def evaluate_command(
     folder: FolderArgument,
     baseline: Annotated[str | None, typer.Option(help="A model to compare with, question by question.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks to ask; all of them. Repeatable, or a,b,c.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks to ask, lmms-eval's too; all built-in ones. Repeatable, or a,b,c.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Questions with answers; the built-in test set.", metavar="PATH")
     ] = None,
     images: Images = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task.")] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="A folder with lmms-eval tasks of your own.", metavar="DIR")
+    ] = None,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(help="Rows to measure perplexity and KL divergence from the baseline on.", metavar="PATH"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that go through the model at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Where lmms-eval's tasks draw or sample; all else is greedy.")] = 0,
     output: Annotated[str | None, typer.Option(help="Also write a folder a model here: a run.", metavar="DIR")] = None,
     answers: Annotated[int, typer.Option(help="Wrong answers a task that a run shows.", min=0)] = 20,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer that is shown, in tokens.", min=1)] = 128,
@@ -435,7 +446,10 @@ def evaluate_command(
             data=data,
             images=images,
             limit=limit,
+            include_path=include_path,
+            perplexity=perplexity,
             batch_size=batch_size,
+            seed=seed,
             output=output,
             answers=answers,
             max_new_tokens=max_new_tokens,
@@ -444,6 +458,50 @@ def evaluate_command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+
+
+@command
+def compare_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of mbq evaluate --output; all against the first.")
+    ],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 if a kind of tasks (image, text, lmms-eval) fell by more points.", min=0),
+    ] = None,
+    sure: Annotated[
+        bool, typer.Option("--sure", help="--max-drop holds only if the 95 % interval keeps within it.")
+    ] = False,
+    show: Annotated[int, typer.Option(help="Print so many of the questions that flipped.", min=0)] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the comparison here.", metavar="FILE")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Compare runs on the same questions: differences with intervals, what flipped, and whether that is chance."""
+    from mbq.evaluation.command import other_tables
+    from mbq.evaluation.compare import compare, exceeded, flips, names_of
+    from mbq.evaluation.compare_table import comparison_table, drop_line, flip_lines
+    from mbq.evaluation.runs import Run
+    from mbq.output import write_json
+
+    loaded = [Run.load(folder) for folder in runs]
+    comparisons = compare(loaded)
+    console, failures = Console(), []
+    for comparison, run in zip(comparisons, loaded[1:], strict=True):
+        console.print(comparison_table(comparison))
+        for line in flip_lines(flips(loaded[0], run, show)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if max_drop is not None:
+            over = exceeded(comparison, max_drop, sure)
+            failures += [drop_line(comparison, line, max_drop, sure) for line in over]
+    for table in other_tables(names_of(loaded), [run.info for run in loaded]):
+        console.print(table)
+    if json is not None:
+        named = [{"folder": str(run.folder), "model": run.name, "created": run.info.get("created")} for run in loaded]
+        found = [comparison.to_json() for comparison in comparisons]
+        write_json(json, {"runs": named, "comparisons": found, "failures": failures})
+    if failures:
+        typer.echo("\n".join(failures), err=True)
+        raise typer.Exit(1)
 
 
 @command

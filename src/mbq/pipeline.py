@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 # Options that change no number, or that the hash of the data stands for.
 NO_NUMBERS = ("data", "images", "text", "offload", "activations", "offload_folder", "max_shard_size")
 
+MOST_NAMED = 40  # experts in a warning; search.json names them all
+
 
 @dataclass(frozen=True)
 class QuantizationResult:
@@ -340,11 +342,15 @@ def _plan(
 def _warn_unreached(search: list[GroupSearch]) -> None:
     """Say which experts were rounded to nearest because nothing is known of what they read."""
     blocks = unreached(search)
-    if blocks:
+    count = sum(map(len, blocks.values()))
+    if count <= MOST_NAMED:
         named = "; ".join(f"block {block}: {', '.join(map(str, numbers))}" for block, numbers in blocks.items())
+    else:
+        named = ", ".join(f"{len(numbers)} in block {block}" for block, numbers in blocks.items())
+    if blocks:
         warnings.warn(
-            f"No calibration token reached {sum(map(len, blocks.values()))} experts ({named}), whose down_proj is "
-            "rounded to nearest; give more --num-calibration-samples for a search.",
+            f"No calibration token reached {count} of the experts ({named}), whose down_proj is rounded to nearest and "
+            "not equalized; give more --num-calibration-samples for a search.",
             MBQWarning,
             stacklevel=2,
         )

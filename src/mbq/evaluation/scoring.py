@@ -7,6 +7,7 @@ the reference: up to the first wrong token both have read the same. So accuracy 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,15 +27,21 @@ def score(model: Any, questions: Questions, progress: Progress = silent) -> torc
     reads each question on its own.
     """
     ends = torch.tensor(_end_tokens(model), dtype=torch.long, device=model.device)
-    packed = PackedDecoder(model, questions) if PackedDecoder.supports(model) else None
     found = []
-    for number, batch in enumerate(questions.batches):
-        logits = packed.logits(number) if packed else _plain_logits(model, questions, batch)
-        found.append(_all_right(logits, batch.to(model.device), ends))
-        progress("evaluate", number + 1, len(questions.batches), "")
+    for batch, logits in answer_logits(model, questions):
+        found.append(_all_right(logits, batch, ends))
+        progress("evaluate", len(found), len(questions.batches), "")
     right = torch.zeros(len(questions), dtype=torch.bool)
     right[torch.cat([batch.rows for batch in questions.batches])] = torch.cat(found).cpu()
     return right
+
+
+def answer_logits(model: Any, questions: Questions) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Each batch on the model's device, and its logits [answer token, vocabulary]."""
+    packed = PackedDecoder(model, questions) if PackedDecoder.supports(model) else None
+    for number, batch in enumerate(questions.batches):
+        logits = packed.logits(number) if packed else _plain_logits(model, questions, batch)
+        yield batch.to(model.device), logits
 
 
 def _all_right(logits: torch.Tensor, batch: Batch, ends: torch.Tensor) -> torch.Tensor:
