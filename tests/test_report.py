@@ -194,8 +194,8 @@ def test_pictures_are_small_copies_of_pixels_alone(tmp_path: Path) -> None:
     exif[0x010E] = "taken at home"
     picture.save(tmp_path / "photo.jpg", exif=exif)
     kept = Pictures()
-    assert kept.number(tmp_path / "photo.jpg") == 0
-    assert kept.number(tmp_path / "photo.jpg") == 0, "the same picture is in the page once"
+    assert kept.number(tmp_path, "photo.jpg") == 0
+    assert kept.number(tmp_path, "photo.jpg") == 0, "the same picture is in the page once"
     data = base64.b64decode(kept.addresses[0].removeprefix("data:image/webp;base64,"))
     with Image.open(io.BytesIO(data)) as copy:
         assert max(copy.size) == LONGEST_SIDE
@@ -209,11 +209,14 @@ def test_pictures_have_a_budget_and_are_never_anything_else(tmp_path: Path) -> N
         Image.effect_noise((300, 300), 90).save(tmp_path / f"{number}.png")
     (tmp_path / "page.png").write_text("<svg onload=alert(1)>")
     one = Pictures()
-    one.number(tmp_path / "0.png")
+    one.number(tmp_path, "0.png")
     kept = Pictures(budget=int(1.5 * len(one.addresses[0])))
-    numbers = [kept.number(tmp_path / name) for name in ("0.png", "1.png", "2.png", "page.png", "missing.png")]
+    numbers = [kept.number(tmp_path, name) for name in ("0.png", "1.png", "2.png", "page.png", "missing.png")]
     assert numbers == [0, None, None, None, None]
     assert kept.left_out == 4
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "link.png").symlink_to(tmp_path / "1.png")
+    assert Pictures().number(tmp_path / "run", "link.png") is None
     assert len(kept.addresses) == 1
 
 
@@ -335,7 +338,8 @@ def test_only_a_report_is_replaced(tmp_path: Path) -> None:
 def test_half_a_character_in_an_answer_is_written(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "float", tmp_path / "float")
     lines = (tmp_path / "float/answers.jsonl").read_text().splitlines()
-    broken = {**json.loads(lines[0]), "answer": "half \ud83d", "right": False}
+    wrong = next(answer for answer in map(json.loads, lines) if not answer["right"])
+    broken = {**wrong, "answer": "half \ud83d"}
     (tmp_path / "float/answers.jsonl").write_text(json.dumps(broken) + "\n")
     assert "half ?" in report([tmp_path / "float"], tmp_path / "page.html").read_text("utf-8")
 

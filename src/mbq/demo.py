@@ -16,8 +16,9 @@ import mbq
 from mbq.checkpoint.folder import check_new, new_folder
 from mbq.errors import MBQError
 from mbq.evaluation import Questions, Results, answers, evaluate, prepare
+from mbq.evaluation.command import run_info
 from mbq.evaluation.examples import Examples
-from mbq.evaluation.run import PER_TASK, run_info, world_questions
+from mbq.evaluation.run import PER_TASK, world_questions
 from mbq.evaluation.runs import write_run
 from mbq.evaluation.table import plus_minus, results_table
 from mbq.progress import Progress, shown

@@ -27,14 +27,17 @@ class Pictures:
         self.left_out = 0
         self._numbers: dict[Path, int | None] = {}
 
-    def number(self, path: Path) -> int | None:
-        """The picture's place in ``addresses``; None where there is no room, or it cannot be read."""
+    def number(self, folder: Path, name: str) -> int | None:
+        """The picture's place in ``addresses``; None where there is no room, or ``folder`` holds no such picture."""
+        path = (folder / name).resolve()
         if path not in self._numbers:
-            self._numbers[path] = self._added(path)
+            self._numbers[path] = self._added(folder.resolve(), path)
         return self._numbers[path]
 
-    def _added(self, path: Path) -> int | None:
+    def _added(self, folder: Path, path: Path) -> int | None:
         try:
+            if not path.is_relative_to(folder):
+                raise MBQError(f"{path} lies outside of {folder}.")
             if path.stat().st_size > LARGEST_FILE:
                 raise MBQError(f"{path} has more than {LARGEST_FILE >> 20} MB.")
             picture = open_image(path, "a report")

@@ -76,12 +76,7 @@ Place = tuple[str, int]
 
 def _kept(subject: Subject) -> dict[Place, Answer]:
     assert subject.run is not None, "only runs are compared"
-    asked = {task: len(correct) for task, correct in results_of(subject).correct.items()}
-    return {
-        (answer.task, answer.index): answer
-        for answer in subject.run.answers
-        if 0 <= answer.index < asked.get(answer.task, 0)
-    }
+    return {(answer.task, answer.index): answer for answer in subject.run.answers}
 
 
 def _said(subject: Subject, comparison: Comparison, answer: Answer | None, place: Place) -> Said:
@@ -98,7 +93,7 @@ def _said(subject: Subject, comparison: Comparison, answer: Answer | None, place
 
 def _question(subject: Subject, answer: Answer, said: Sequence[Said], pictures: Pictures) -> Question:
     assert subject.run is not None, "only runs are compared"
-    numbers = [pictures.number(subject.run.folder / name) for name in answer.pictures]
+    numbers = [pictures.number(subject.run.folder, name) for name in answer.pictures]
     return Question(
         answer.task,
         _short(answer.question),
