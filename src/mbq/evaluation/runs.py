@@ -116,7 +116,8 @@ def write_run(
         for name, source in (pictures or {}).items():
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_bytes(_file_bytes(source))
-        records = [Path(model) / name for name in RECORDS] if model is not None else []
+        quantized = model is not None and (Path(model) / "recipe.yaml").is_file()
+        records = [Path(model) / name for name in RECORDS] if model is not None and quantized else []
         for record in records:
             if record.is_file():
                 (new / "model").mkdir(exist_ok=True)
