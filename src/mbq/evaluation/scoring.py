@@ -7,7 +7,7 @@ the reference: up to the first wrong token both have read the same. So accuracy 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,15 +28,33 @@ def score(model: Any, questions: Questions, progress: Progress = silent) -> torc
     reads each question on its own.
     """
     ends = torch.tensor(_end_tokens(model), dtype=torch.long, device=model.device)
-    packed = PackedDecoder(model, questions) if PackedDecoder.supports(model) else None
     found = []
-    for number, batch in enumerate(questions.batches):
-        logits = packed.logits(number) if packed else _plain_logits(model, questions, batch)
-        found.append(_all_right(logits, batch.to(model.device), ends))
-        progress("evaluate", number + 1, len(questions.batches), "")
+    for batch, logits in answer_logits(model, questions):
+        found.append(_all_right(logits, batch, ends))
+        progress("evaluate", len(found), len(questions.batches), "")
     right = torch.zeros(len(questions), dtype=torch.bool)
     right[torch.cat([batch.rows for batch in questions.batches])] = torch.cat(found).cpu()
     return right
+
+
+def answer_logits(model: Any, questions: Questions) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Each batch on the model's device, and its logits [answer token, vocabulary]."""
+    packed = PackedDecoder(model, questions) if PackedDecoder.supports(model) else None
+    for number, batch in enumerate(questions.batches):
+        logits = packed.logits(number) if packed else _plain_logits(model, questions, batch)
+        yield batch.to(model.device), logits
+
+
+@torch.inference_mode()
+def answer_losses(model: Any, questions: Questions) -> torch.Tensor:
+    """float32 [row]: mean -log p of the answer's own tokens, without the end of turn; NaN where it has none."""
+    found = torch.full((len(questions),), float("nan"))
+    for batch, logits in answer_logits(model, questions):
+        losses = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+        own = (~batch.ends).float()
+        sums, counts = (losses.new_zeros(len(batch.rows)).index_add_(0, batch.question, x) for x in (losses * own, own))
+        found[batch.rows.cpu()] = (sums / counts).cpu()
+    return found
 
 
 def _all_right(logits: torch.Tensor, batch: Batch, ends: torch.Tensor) -> torch.Tensor:
