@@ -424,6 +424,7 @@ def diagnose_command(
     seed: Seed = DEFAULT.seed,
     device: Device = DEFAULT.device,
     dtype: Dtype = DEFAULT.dtype,
+    offload: Offload = DEFAULT.offload,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
@@ -439,7 +440,7 @@ def diagnose_command(
             baseline,
             data=data,
             images=images,
-            loading=Loading(device, dtype, trust_remote_code),
+            loading=Loading(device, dtype, offload, trust_remote_code),
             progress=progress,
             samples=samples,
             limit=limit,

@@ -11,6 +11,7 @@ import numpy as np
 
 from mbq.diagnosis.bad_answers import Answered, Limits
 from mbq.diagnosis.outliers import MODALITIES
+from mbq.diagnosis.outside import Outside
 from mbq.diagnosis.propagation import Propagation
 from mbq.diagnosis.speed import Speed
 from mbq.evaluation import Results
@@ -44,8 +45,7 @@ class Measurements:
     recipe           recipe.yaml of the folder, {} without one
     blocks           the path of the decoder blocks in the model
     tower_quantized  whether the vision tower has packed layers
-    changed          tensors that are float in both models and not inside decoder blocks, which differ: name ->
-                     ||quantized - float|| / ||float||
+    outside          what is not quantized, beside the float model's
     propagation      errors and outliers, block by block
     accuracy         "image" and "text" tasks, those that there are
     answers          what both wrote to some of the questions
@@ -60,7 +60,7 @@ class Measurements:
     recipe: dict[str, Any]
     blocks: str
     tower_quantized: bool
-    changed: dict[str, float]
+    outside: Outside
     propagation: Propagation
     accuracy: dict[str, Accuracy] = field(default_factory=dict)
     answers: list[Answered] = field(default_factory=list)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import yaml
 from torch import nn
 
@@ -26,11 +25,23 @@ from mbq.scheme import Scheme
 
 @dataclass(frozen=True)
 class Loading:
-    """How folders are loaded, as ``mbq.load`` takes it; "auto" is a GPU where there is one, and the folder's dtype."""
+    """How folders are loaded.
+
+    device, dtype  as ``mbq.load`` takes them; "auto" is a GPU where there is one, and the folder's dtype
+    offload        "blocks": decoder blocks come to the GPU one at a time; "none": both models are there as a whole;
+                   "auto": they are where they take at most 60 % of its free memory
+
+    Raises MBQError for an unknown ``offload``.
+    """
 
     device: str = "auto"
     dtype: str = "auto"
+    offload: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offload not in ("auto", "blocks", "none"):
+            raise MBQError(f"--offload is {self.offload!r}; choose one of auto, blocks, none.")
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,7 @@ def load_pair(
     ours = model if isinstance(model, nn.Module) else mbq.load(model, "cpu", loading.dtype, "reference", trust)
     reference = bind(original)
     quantized = _bound(ours, reference, names)
-    whole = given or _placed(reference, quantized, torch_device(loading.device))
+    whole = given or _placed(reference, quantized, loading)
     folder = None if isinstance(model, nn.Module) else str(model)
     return Pair(reference, quantized, processor, names, _recipe(folder), folder, not whole, loading)
 
@@ -131,12 +142,13 @@ def _blocks(model: nn.Module, reference: Binding) -> nn.ModuleList:
     return cast(nn.ModuleList, model.get_submodule(reference.architecture.blocks))
 
 
-def _placed(reference: Binding, quantized: Binding, device: torch.device) -> bool:
+def _placed(reference: Binding, quantized: Binding, loading: Loading) -> bool:
     """Move both to the device, whole where they fit, else without their blocks; whether they are whole."""
+    device = torch_device(loading.device)
     if device.type == "cpu":
         return True
     size = weight_bytes(reference.model) + weight_bytes(quantized.model)
-    whole = size <= WEIGHTS_SHARE * device_free(device)
+    whole = loading.offload == "none" or (loading.offload == "auto" and size <= WEIGHTS_SHARE * device_free(device))
     for binding in (reference, quantized):
         place(binding, Plan(device, blocks=not whole))
     return whole

@@ -53,7 +53,7 @@ def to_json(found: Diagnosis) -> dict[str, Any]:
         ],
         "outliers": [asdict(each) for each in m.propagation.outliers],
         "massive": [{**asdict(each), "massive": each.massive} for each in m.propagation.massive],
-        "changed": m.changed,
+        "outside": asdict(m.outside),
         "accuracy": {kind: asdict(each) for kind, each in m.accuracy.items()},
         **_answers(m),
         "speed": None if m.speed is None else asdict(m.speed),

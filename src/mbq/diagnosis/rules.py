@@ -33,15 +33,22 @@ class Finding:
 Rule = Callable[[Measurements], Finding | None]
 
 
-def baseline_differs(m: Measurements) -> Finding | None:
-    """Weights that no scheme touches are not the baseline's: another model, another revision, or damage."""
-    if not m.changed:
+def outside_differs(m: Measurements) -> Finding | None:
+    """What no scheme touches is not the baseline's: another model, another revision, or damage."""
+    found = m.outside
+    if not found.differs:
         return None
-    name, size = max(m.changed.items(), key=lambda item: item[1])
+    evidence = (
+        f"With the decoder blocks left out, the logits differ from the float model's by {found.logits:.2g} of their "
+        f"norm, where the dtype rounds to {found.rounding:.1g}."
+    )
+    if found.tensors:
+        name, size = max(found.tensors.items(), key=lambda item: item[1])
+        evidence += f" Tensors outside the blocks that differ: {len(found.tensors)}; most of all {name}, by {size:.2g}."
     return Finding(
-        "baseline_differs",
-        "Weights that were not quantized are not the baseline's",
-        f"{len(m.changed)} tensors outside the decoder blocks differ; most of all {name}, by {size:.2g} of its norm.",
+        "outside_differs",
+        "What was not quantized is not the baseline's",
+        evidence,
         "Give the float model that the folder was made from (recipe.yaml names it), or make the folder anew: "
         + advice.quantize(m),
     )
@@ -85,12 +92,12 @@ def is_outlier(m: Measurements, each: Outlier) -> bool:
 
 def bad_block(m: Measurements) -> Finding | None:
     """A block whose own error is what a bit fewer would cost, or two bits more than what is usual among the blocks."""
-    explained = {(each.block, each.part) for each, _ in harmful_outliers(m)}
+    explained = {each.block for each, _ in harmful_outliers(m)}
     found = []
     for block, part, tokens in m.places():
         own, expected = m.own(part, tokens)[block] or 0.0, m.expected(part, tokens)[block] or 0.0
         usual = m.usual(part, tokens)
-        if own > ONE_BIT * expected or (own > TWO_BITS * usual and (block, part) not in explained):
+        if own > ONE_BIT * expected or (own > TWO_BITS * usual and block not in explained):
             found.append((own / max(min(expected, usual), 1e-9), block, part, tokens, own, expected, usual))
     if not found:
         return None
@@ -207,7 +214,7 @@ def no_speed_up(m: Measurements) -> Finding | None:
 
 
 RULES: tuple[Rule, ...] = (
-    baseline_differs,
+    outside_differs,
     outliers,
     bad_block,
     vision_tower,
@@ -225,7 +232,7 @@ RULES: tuple[Rule, ...] = (
 
 def cause(m: Measurements) -> bool:
     """Whether something explains why accuracy falls."""
-    return any(rule(m) is not None for rule in (baseline_differs, outliers, bad_block, vision_tower))
+    return any(rule(m) is not None for rule in (outside_differs, outliers, bad_block, vision_tower))
 
 
 def findings(m: Measurements) -> list[Finding]:
@@ -279,7 +286,7 @@ def _answers(m: Measurements, kind: str, title: str, what: str) -> Finding | Non
     return Finding(
         kind.replace(" ", "_"),
         title,
-        f"{sum(ours)} of {len(ours)} answers are {kind}, {sum(theirs)} of the float model's: "
+        f"{kind.capitalize()}: {sum(ours)} of {len(ours)} answers, and {sum(theirs)} of the float model's, "
         f"{more.percent(signed=True)} points.",
         what,
     )

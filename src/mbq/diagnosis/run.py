@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mbq.calibration import CalibrationBatch, calibration_batches
 from mbq.diagnosis import bad_answers, speed
 from mbq.diagnosis.bad_answers import Answered, Limits, kind_of, with_answer
 from mbq.diagnosis.measurements import Accuracy, Measurements, accuracies
+from mbq.diagnosis.outside import compare_outside
 from mbq.diagnosis.pair import Loading, Pair, load_pair
 from mbq.diagnosis.propagation import propagate
 from mbq.diagnosis.rules import Finding, findings
@@ -98,14 +99,16 @@ def diagnose(
     propagation = propagate(
         pair.reference, pair.quantized, batches, storage, lambda done: progress("errors", done, count, "")
     )
-    changed, tower = changed_tensors(pair), pair.tower_quantized
-    questions = prepare(asked, pair.processor, max(chosen.batch_size, 1))
+    tower = pair.tower_quantized
+    alone = _batches(rows, pair, replace(chosen, samples=1))[0]
+    outside = compare_outside(pair.reference, pair.quantized, alone, tower)
+    questions = prepare(asked, pair.processor, chosen.batch_size)
     spoken = bad_answers.spread(asked, chosen.answers)
     with pair.running_quantized() as ours:
-        first = _heard(ours, pair, questions, spoken, chosen, progress)
+        first = _heard(ours, pair, questions, spoken, chosen, _named(progress, "quantized"))
         kernels, refused = speed.kernels_of(ours.model)
     with pair.running_reference() as theirs:
-        second = _heard(theirs, pair, questions, spoken, chosen, progress, timed=not pair.blocks)
+        second = _heard(theirs, pair, questions, spoken, chosen, _named(progress, "float"), timed=not pair.blocks)
         answered, limits = _judged(theirs.model, pair, spoken, first.answers, second.answers, chosen)
     found = accuracies(first.results, second.results)
     measured = Measurements(
@@ -115,7 +118,7 @@ def diagnose(
         recipe=pair.recipe,
         blocks=pair.reference.architecture.blocks,
         tower_quantized=tower,
-        changed=changed,
+        outside=outside,
         propagation=propagation,
         accuracy=found,
         answers=answered,
@@ -124,25 +127,6 @@ def diagnose(
         notes=_notes(found, batches, pair, chosen),
     )
     return Diagnosis(measured, findings(measured))
-
-
-def changed_tensors(pair: Pair) -> dict[str, float]:
-    """Tensors outside the decoder blocks that differ, and by how much of their norm; a quantized tower is left out."""
-    skipped = [pair.reference.architecture.blocks]
-    skipped += [pair.reference.architecture.vision_tower] if pair.tower_quantized else []
-    own = {**dict(pair.quantized.model.named_parameters()), **dict(pair.quantized.model.named_buffers())}
-    wanted = {**dict(pair.reference.model.named_parameters()), **dict(pair.reference.model.named_buffers())}
-    found = {}
-    for name, tensor in wanted.items():
-        if name not in own or not tensor.is_floating_point() or any(name.startswith(f"{part}.") for part in skipped):
-            continue
-        ours = own[name].detach().to(tensor.device)
-        if ours.shape != tensor.shape:
-            found[name] = float("inf")
-        elif not torch.equal(ours.to(tensor.dtype), tensor):
-            difference = (ours.float() - tensor.float()).norm() / tensor.float().norm().clamp(min=1e-30)
-            found[name] = float(difference)
-    return found
 
 
 @dataclass(frozen=True)
@@ -173,6 +157,15 @@ def _heard(
     row = next((row for row in questions.rows if row.images), questions.rows[0])
     decode = speed.decode_steps(binding, pair.processor, row)
     return _Heard(results, written, decode, device, speed.copy_bandwidth(device))
+
+
+def _named(progress: Progress, model: str) -> Progress:
+    """Steps that both models go through, told apart."""
+
+    def update(step: str, done: int, total: int, note: str = "") -> None:
+        progress(f"{step} {model}", done, total, note)
+
+    return update
 
 
 def _judged(

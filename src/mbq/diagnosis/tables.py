@@ -42,12 +42,12 @@ def show(found: Diagnosis, console: Console) -> None:
     for number, finding in enumerate(found.findings, start=1):
         console.print(f"{number}. {finding.title}", style="bold", markup=False, highlight=False, soft_wrap=True)
         _line(console, f"   {finding.evidence}")
-        _line(console, f"   Try: {finding.advice}")
+        _line(console, "   Try: " + finding.advice.replace("; or ", ",\n        or "))
 
 
 def errors_table(m: Measurements) -> Table:
     """A row a block: the part's error with the model's own inputs, on float inputs, and what rounding alone gives."""
-    table = _table(f"Output errors, |quantized - float| / |float|, on {m.propagation.samples} samples")
+    table = _table(f"|quantized - float| / |float| on {m.propagation.samples} samples")
     table.add_column("block", justify="right")
     for part in PART_NAMES.values():
         for tokens in MODALITIES:
