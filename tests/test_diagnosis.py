@@ -75,6 +75,14 @@ def rules(found: Diagnosis) -> list[str]:
     return [finding.rule for finding in found.findings]
 
 
+def ignored(model: Any, advice: str) -> set[str]:
+    """The linears that the advised command keeps in 16 bits, from the number of the block on."""
+    binding = bind(model)
+    pattern = re.search(r"--ignore '(.*?)'", advice).group(1)
+    kept = set(binding.linears()) - set(binding.linears((pattern,)))
+    return {name.removeprefix(f"{binding.architecture.blocks}.") for name in kept}
+
+
 def blocks(model: Any) -> Any:
     return model.model.language_model.layers
 
@@ -199,10 +207,7 @@ def test_a_block_whose_scales_are_wrong_is_named_and_no_block_behind_it(
     errors = found.measurements.propagation.blocks
     assert errors[BROKEN].own["mlp"]["language"] == pytest.approx(0.5, abs=0.02), "1.5 times the output"
     assert errors[BROKEN + 1].accumulated["attn"]["language"] > 5 * errors[BROKEN + 1].own["attn"]["language"]
-    pattern = re.search(r"--ignore '(.*?)'", finding.advice).group(1)
-    binding = bind(model)
-    kept = set(binding.linears()) - set(binding.linears((pattern,)))
-    assert kept == {name for name in binding.linears() if f".layers.{BROKEN}." in name}
+    assert ignored(model, finding.advice) == {f"{BROKEN}.{name}" for name in bind(model).kinds[BROKEN].linears()}
 
 
 def test_a_block_of_two_bits_among_eight_stands_out(
@@ -235,6 +240,7 @@ def test_an_outlier_channel_is_found_and_the_block_is_not_blamed_for_it(
     assert finding.title == "An outlier channel in block 2 (attention)"
     assert f"Channel {channel} " in finding.evidence
     assert "--method mbq" in finding.advice
+    assert ignored(model, finding.advice) == {f"2.self_attn.{name}_proj" for name in "qkv"}
     same = examine(quantized, model, limit=1).measurements.propagation.blocks[2]
     assert same.own["attn"]["language"] == pytest.approx(
         found.measurements.propagation.blocks[2].own["attn"]["language"], rel=1e-3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -39,30 +40,31 @@ KEPT = (
 
 def quantize(m: Measurements, **changes: Any) -> str:
     """``mbq quantize`` with the folder's recipe and ``changes``; None takes an option out, ``ignore`` adds to it."""
-    recipe = {"scheme": m.scheme.name, "method": "mbq", **m.recipe, **changes}
+    recipe = {"method": "mbq", **m.recipe, "scheme": m.scheme.name, **changes}
     parts = ["mbq", "quantize", m.baseline, "--scheme", recipe["scheme"], "--method", recipe["method"]]
     if recipe["method"] != "rtn" or recipe.get("vision_tower"):
         parts += ["--data", m.recipe.get("data") or DATA]
-    size = SCHEMES[recipe["scheme"]].weights.group_size
+    size = SCHEMES.get(recipe["scheme"], m.scheme).weights.group_size
     usual = asdict(Recipe()) | {"group_size": size}
     for name in KEPT if size else KEPT[1:]:
         value = recipe.get(name)
         if value is not None and value != usual[name]:
             parts += [f"--{name.replace('_', '-')}", value]
-    for pattern in [*m.recipe.get("ignore", ()), *([changes["ignore"]] if changes.get("ignore") else [])]:
+    for pattern in [*(m.recipe.get("ignore") or ()), *([changes["ignore"]] if changes.get("ignore") else [])]:
         parts += ["--ignore", pattern]
     return " ".join(shlex.quote(str(part)) for part in [*parts, "--output", f"{m.model}-2"])
 
 
-def block_pattern(m: Measurements, block: int, linear: str = "") -> str:
-    """What --ignore takes for a block, or for one linear of it, under the names of transformers and of engines."""
+def block_pattern(m: Measurements, block: int, linears: Sequence[str] = ()) -> str:
+    """What --ignore takes for a block, or for these linears of it, under the names of transformers and of engines."""
     names = [re.escape(step) for step in m.blocks.split(".")[-2:]]
-    return f"re:.*{'.*'.join(names)}\\.{block}\\.{re.escape(linear) if linear else '.*'}"
+    inside = f"({'|'.join(re.escape(linear) for linear in linears)})$" if linears else ".*"
+    return f"re:.*{'.*'.join(names)}\\.{block}\\.{inside}"
 
 
 def against_outliers(m: Measurements, block: int, linears: tuple[str, ...]) -> str:
     method = m.recipe.get("method", "rtn")
-    ignore = "keep what reads it in 16 bits: " + quantize(m, ignore=block_pattern(m, block, linears[0]))
+    ignore = "keep what reads it in 16 bits: " + quantize(m, ignore=block_pattern(m, block, linears))
     if method == "rtn":
         return f"Let a method equalize the channels: {quantize(m, method='mbq')}; or {ignore}"
     if method == "smoothquant":

@@ -107,6 +107,7 @@ def diagnose(
     with pair.running_quantized() as ours:
         first = _heard(ours, pair, questions, spoken, chosen, _named(progress, "quantized"))
         kernels, refused = speed.kernels_of(ours.model)
+    del ours  # on a GPU it was a copy in the kernel's order
     with pair.running_reference() as theirs:
         second = _heard(theirs, pair, questions, spoken, chosen, _named(progress, "float"), timed=not pair.blocks)
         answered, limits = _judged(theirs.model, pair, spoken, first.answers, second.answers, chosen)

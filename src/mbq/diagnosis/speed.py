@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,12 @@ from mbq.evaluation.questions import encode, prompt_of
 from mbq.generation import cuda_graph
 from mbq.kernels import KERNELS
 from mbq.qlinear import QuantLinear
+from mbq.room import room
 from mbq.rows import Row
 
 STEPS = 32  # tokens that are written
 WARM_UP = 4  # of them, which set up caches, compile kernels and record the step
-COPIED_BYTES = {"cuda": 2**31, "cpu": 2**28}  # far beyond any cache
+COPIED_BYTES = {"cuda": 2**30, "cpu": 2**28}  # far beyond any cache; less where a quarter of the room is less
 COPIES = 5
 
 
@@ -113,7 +115,8 @@ def kernels_of(model: Any) -> tuple[dict[str, int], dict[str, str]]:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second of a plain copy on the device, both those that are read and those that are written; the best."""
-    source = torch.ones(COPIED_BYTES[device.type] // 4, dtype=torch.int32, device=device)
+    size = min(COPIED_BYTES[device.type], room(device, Path()).device // 4)
+    source = torch.ones(max(1, size // 4), dtype=torch.int32, device=device)
     target = torch.empty_like(source)
     found = 0.0
     for _ in range(COPIES):
