@@ -59,7 +59,7 @@ rows were further than three roundings from the exact ones.
 
 Layers that read the same input (q, k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step
 as a CUDA graph. Where `mbq.load` put a model on a GPU, decode steps over a static cache have the attention of
-`kernels/attention.py`, and norms and the gates of MLPs are one kernel each (`kernels/elementwise.py`); a gate that is
+`kernels/attention.py`, and norms and the gates of MLPs are one kernel each (`kernels/elementwise.py`); what of these is
 multiplied in 8 bits next is quantized as it is computed.
 
 `make test` on a machine with a GPU tests all of this there, `python -m pytest -m gpu` only what needs one, and

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 import mbq
-from benchmarks.decode_step import qwen2_vl
+from benchmarks.decode_models import qwen2_vl
 from mbq import group, ranks
 from mbq.architecture import bind
 from mbq.calibration import CalibrationBatch

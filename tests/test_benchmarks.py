@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from benchmarks import decode_step, engines_page, prefill, scaling_page, search
+from benchmarks import decode_models, decode_step, engines_page, prefill, scaling_page, search
 from mbq.kernels.packed import pack_weight
 from mbq.kernels.reference import linear
 from mbq.qtensor import QTensor
@@ -68,7 +68,7 @@ def test_a_step_is_compared_with_both_kinds_of_16_bits() -> None:
 def test_the_models_of_a_step_have_their_published_sizes() -> None:
     """Parameters in billions, as the model cards give them: 8.03 and 8.29, without weights."""
     for family, billions in (("llava_onevision", 8.03), ("qwen2_vl", 8.29)):
-        made, config = decode_step.FAMILIES[family]()
+        made, config = decode_models.FAMILIES[family]()
         with torch.device("meta"):
             model = made(config)
         assert sum(each.numel() for each in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.02)

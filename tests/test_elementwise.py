@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +76,21 @@ def test_a_gate_is_quantized_as_if_it_had_been_written(scheme: str) -> None:
         assert torch.equal(found, linear(gated(x), weight, None, "triton"))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_is_quantized_as_it_is_written(dtype: torch.dtype, bits: int) -> None:
+    from mbq.kernels import int8_source
+
+    torch.manual_seed(0)
+    for rows, inputs in ((1, 64), (9, 1096), (5, 3584)):
+        x, weight = torch.randn(2, rows, inputs, device=DEVICE).to(dtype), torch.randn(inputs, device=DEVICE).to(dtype)
+        y, (codes, scale) = int8.rms_norm(x, weight, 1e-6, bits)
+        nearly(y, rms_norm(x, weight, 1e-6))
+        wanted, wanted_scale = int8_source.quantize(y.flatten(0, 1), bits)
+        assert torch.equal(codes, wanted)
+        assert torch.equal(scale, wanted_scale)
+
+
 class MLP(nn.Module):
     """A gated MLP as transformers' code writes it; ``swapped``: with the gate on the other linear."""
 
@@ -107,6 +124,48 @@ def test_a_gated_mlp_is_three_kernels(scheme: str, monkeypatch: pytest.MonkeyPat
     torch.testing.assert_close(block.mlp(x), wanted, rtol=1e-3, atol=1e-3)
     monkeypatch.setattr(nn.SiLU, "forward", None)  # nobody calls it any more
     torch.testing.assert_close(block.mlp(x), wanted, rtol=1e-3, atol=1e-3)
+
+
+class Layer(nn.Module):
+    """A norm and the MLP that reads it, under transformers' names; ``touched``: what the MLP gets is another tensor."""
+
+    def __init__(self, scheme: str, touched: bool = False) -> None:
+        super().__init__()
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+        self.post_attention_layernorm, self.mlp, self.touched = Qwen2RMSNorm(128), MLP(scheme), touched
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = self.post_attention_layernorm(x)
+        return self.mlp(normed * 2 if self.touched else normed)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("scheme", ["W4A8", "W8A8"])
+def test_what_a_norm_quantized_is_not_quantized_again(scheme: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbq.kernels import int8_source
+
+    torch.manual_seed(0)
+    layer = Layer(scheme).to(DEVICE)
+    layer.post_attention_layernorm.weight.data.uniform_(0.5, 2)
+    x = torch.randn(2, rows, 128, device=DEVICE)
+    wanted = layer(x)
+    use_kernel(layer, "triton")
+    calls, quantize_rows = [], int8_source.quantize
+
+    def counted(*args: Any) -> Any:
+        calls.append(args[0].shape)
+        return quantize_rows(*args)
+
+    monkeypatch.setattr(int8_source, "quantize", counted)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-3, atol=1e-3)
+    assert calls == [(2 * rows, 512)]  # the gate, of two halves
+    other = copy.deepcopy(layer)
+    other.touched = True
+    torch.testing.assert_close(other(x), layer.mlp(2 * layer.post_attention_layernorm(x)), rtol=1e-3, atol=1e-3)
+    y = layer.post_attention_layernorm(x)
+    y.mul_(2)  # not what was quantized any more
+    torch.testing.assert_close(layer.mlp(y), other(x), rtol=1e-3, atol=1e-3)
 
 
 def test_what_computes_otherwise_is_left_alone() -> None:

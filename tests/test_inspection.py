@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import mbq
-from benchmarks.decode_step import FAMILIES
+from benchmarks.decode_models import FAMILIES
 from mbq.cli import app
 from mbq.errors import MBQError
 from mbq.inspection import inspect

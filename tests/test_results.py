@@ -122,7 +122,7 @@ def test_run_prints_a_table_and_stores_results(folders: Path, tmp_path: Path) ->
     assert [result.model for result in found] == ["internvl", "rtn"]
     assert found[0].tasks == ("colour", "star")
     assert "less internvl" in out.getvalue()
-    stored = Results.load(tmp_path / "stored" / "rtn.json")
+    stored = Results.load(tmp_path / "stored" / "rtn" / "results.json")
     assert stored.correct["star"].tolist() == found[1].correct["star"].tolist()
 
 

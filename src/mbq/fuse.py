@@ -31,17 +31,17 @@ from mbq.packing import pack, unpack
 from mbq.qlinear import QuantLinear
 
 # Paths inside a block of linears that read the same input: ("mlp.gate_proj", "mlp.up_proj"), ...
-SHARED_INPUT = tuple(
-    dict.fromkeys(
-        group.linears
-        for groups in (
-            *(kind.groups for variants in FAMILIES.values() for variant in variants for kind in variant.kinds),
-            *VISION_GROUPS,
-        )
-        for group in groups
-        if len(group.linears) > 1
+GROUPS = tuple(
+    group
+    for groups in (
+        *(kind.groups for variants in FAMILIES.values() for variant in variants for kind in variant.kinds),
+        *VISION_GROUPS,
     )
+    for group in groups
+    if len(group.linears) > 1
 )
+SHARED_INPUT = tuple(dict.fromkeys(group.linears for group in GROUPS))
+BEFORE = tuple(dict.fromkeys((group.prev, group.linears[0]) for group in GROUPS))  # where their input comes from
 
 QUANTIZING = {"triton": int8, "humming": humming}  # that quantize a gate as it is computed
 
@@ -49,11 +49,18 @@ QUANTIZING = {"triton": int8, "humming": humming}  # that quantize a gate as it 
 class Kept:
     """The output of the last fused layer that ran, until all its slices are taken; one of these serves a whole model.
 
-    entry  the layer, its input, the input's version, its output, and the numbers of the slices that nobody took yet
+    entry      the layer, its input, the input's version, its output, and the numbers of the slices that nobody took yet
+    quantized  what the last norm gave to a fused layer, its version, and its codes, until the layer runs
     """
 
     def __init__(self) -> None:
         self.entry: tuple[FusedLinear, torch.Tensor, int, torch.Tensor, tuple[int, ...]] | None = None
+        self.quantized: tuple[torch.Tensor, int, int8.Codes] | None = None
+
+    def codes_of(self, x: torch.Tensor) -> int8.Codes | None:
+        """Those that a norm made of x, once; None if there are none."""
+        entry, self.quantized = self.quantized, None
+        return entry[2] if entry is not None and entry[0] is x and entry[1] == _version(x) else None
 
 
 class FusedLinear(nn.Module):
@@ -72,11 +79,19 @@ class FusedLinear(nn.Module):
         if entry is not None and entry[0] is self and entry[1] is x and entry[2] == version and number in entry[4]:
             y, waiting = entry[3], entry[4]
         else:
-            y, waiting = self.layer(x), tuple(range(len(self.spans)))
+            y, waiting = self.product(x), tuple(range(len(self.spans)))
         waiting = tuple(each for each in waiting if each != number)
         self.kept.entry = (self, x, version, y, waiting) if waiting else None
         start, end = self.spans[number]
         return y[..., start:end]
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs of all parts. Compiled code has no norm that quantizes."""
+        codes = None if torch.compiler.is_compiling() else self.kept.codes_of(x)
+        if codes is None:
+            return self.layer(x)
+        with current_device(x.device):
+            return int8.linear(x, self.layer.packed, self.layer.bias, quantized=codes)
 
     def _save_to_state_dict(self, *args: object, **kwargs: object) -> None:
         raise MBQError(
@@ -190,12 +205,16 @@ def one_kernel_each(model: nn.Module) -> None:
     """Norms, and gates of MLPs whose gate and up are one layer."""
     if importlib.util.find_spec("triton") is None:
         return
-    tried: dict[tuple[type, str], bool] = {}
+    tried: dict[tuple[type, str, str], bool] = {}
+    readers = _readers_of_codes(model)
     for module in list(model.modules()):
-        forward = _norm_forward if _is_norm(module) else _mlp_forward if _is_gated_mlp(module) else None
-        if forward is None:
+        if _is_norm(module):
+            forward = _quantizing_norm(readers[module]) if module in readers else _norm_forward
+        elif _is_gated_mlp(module):
+            forward = _mlp_forward
+        else:
             continue
-        key = (type(module), str(getattr(module, "act_fn", "")))
+        key = (type(module), str(getattr(module, "act_fn", "")), forward.__qualname__)
         if key not in tried:
             tried[key] = _agrees(module, forward)
         if tried[key]:
@@ -221,6 +240,35 @@ def _norm_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return rms_norm(x, self.weight, self.variance_epsilon)  # type: ignore[arg-type]
 
 
+def _readers_of_codes(model: nn.Module) -> dict[nn.Module, FusedLinear]:
+    """By the norm before it, each fused layer that Triton multiplies with quantized activations."""
+    found = {}
+    for block in list(model.modules()):
+        for prev, first in BEFORE:
+            norm, reader = _find(block, prev), _find(block, first)
+            if norm is not None and isinstance(reader, LinearSlice):
+                layer = reader.fused.layer
+                if layer.kernel == "triton" and layer.scheme.activations is not None:
+                    found[norm] = reader.fused
+    return found
+
+
+def _quantizing_norm(reader: FusedLinear) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+    """The forward of the norm before ``reader``, which leaves its output there in 8 bits, too."""
+    activations = reader.layer.scheme.activations
+    assert activations is not None
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if not _eager(x) or x.dtype != self.weight.dtype or not x.numel():
+            return _norm_forward(self, x)
+        with current_device(x.device):
+            y, codes = int8.rms_norm(x, self.weight, self.variance_epsilon, activations.bits)  # type: ignore[arg-type]
+        reader.kept.quantized = (y, _version(y), codes)
+        return y
+
+    return forward
+
+
 def _is_gated_mlp(module: nn.Module) -> bool:
     """Two slices of one layer, an activation, and the linear that takes their product, nothing else."""
     children = list(module.children())
@@ -241,7 +289,7 @@ def _mlp_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return type(self).forward(self, x)
     fused = next(child for child in self.children() if isinstance(child, LinearSlice)).fused
     down = next(child for child in self.children() if isinstance(child, QuantLinear))
-    both = fused.layer(x)
+    both = fused.product(x)
     if down.scheme.activations is not None and down.kernel in QUANTIZING:
         with current_device(x.device):
             return QUANTIZING[down.kernel].linear(both, down.packed, down.bias, gated=True)

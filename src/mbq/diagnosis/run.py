@@ -152,7 +152,9 @@ def _heard(
 ) -> _Heard:
     model, device = binding.model, device_of(binding.model)
     results = evaluate(model, questions, progress=progress)
-    written = answers(model, pair.processor, spoken, options.max_new_tokens, options.batch_size) if spoken else []
+    written: list[str] = []
+    if spoken:
+        written = answers(model, pair.processor, spoken, options.max_new_tokens, options.batch_size, progress)
     if not (options.speed and timed):
         return _Heard(results, written, None, device)
     row = next((row for row in questions.rows if row.images), questions.rows[0])

@@ -85,6 +85,12 @@ class Questions:
     def tasks(self) -> list[str]:
         return [task_of(row) for row in self.rows]
 
+    @property
+    def members(self) -> dict[str, np.ndarray]:
+        """task -> the numbers of its rows."""
+        tasks = np.array(self.tasks)
+        return {task: np.flatnonzero(tasks == task) for task in dict.fromkeys(self.tasks)}
+
     def __len__(self) -> int:
         return len(self.rows)
 

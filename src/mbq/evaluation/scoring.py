@@ -7,15 +7,14 @@ the reference: up to the first wrong token both have read the same. So accuracy 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from mbq.evaluation.packed import PackedDecoder, on_device
-from mbq.evaluation.questions import Batch, Questions, encode, prompt_of
+from mbq.evaluation.questions import Batch, Questions, encode
 from mbq.progress import Progress, silent
-from mbq.rows import Row
 
 
 @torch.inference_mode()
@@ -91,21 +90,3 @@ def _plain_logits(model: Any, questions: Questions, batch: Batch) -> torch.Tenso
     else:
         column = place - 1
     return model(**on_device(inputs, model)).logits[batch.question, column]
-
-
-@torch.inference_mode()
-def answers(
-    model: Any, processor: Any, rows: Sequence[Row], max_new_tokens: int = 64, batch_size: int = 32
-) -> list[str]:
-    """What the model writes by greedy decoding, one text a row; the rows' own answers are not shown to it."""
-    texts: dict[int, str] = {}
-    for part in ([i for i, row in enumerate(rows) if row.images], [i for i, row in enumerate(rows) if not row.images]):
-        for start in range(0, len(part), batch_size):
-            some = part[start : start + batch_size]
-            chosen = [rows[i] for i in some]
-            prompts = [prompt_of(row, processor) for row in chosen]
-            inputs = encode(prompts, chosen, processor, padding_side="left")
-            written = model.generate(**on_device(inputs, model), do_sample=False, max_new_tokens=max_new_tokens)
-            new = written[:, inputs["input_ids"].shape[1] :]
-            texts |= dict(zip(some, processor.tokenizer.batch_decode(new, skip_special_tokens=True), strict=True))
-    return [texts[i] for i in range(len(rows))]

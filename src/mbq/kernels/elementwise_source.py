@@ -26,14 +26,19 @@ def _gated(x, y, inputs, x_stride, BLOCK: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
+def normed(x, weight, k, inputs, eps):  # type: ignore[no-untyped-def]
+    """Inputs k, all of them, of the row at x, over their root mean square, times weight; 0 beyond the row."""
+    inside = k < inputs
+    value = tl.load(x + k, mask=inside, other=0.0)
+    wide = value.to(tl.float32)
+    rounded = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / inputs + eps)).to(value.dtype).to(tl.float32)
+    return (rounded * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)).to(value.dtype)
+
+
+@triton.jit
 def _rms_norm(x, weight, y, inputs, x_stride, eps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    inside = k < inputs
-    value = tl.load(x + row * x_stride + k, mask=inside, other=0.0)
-    wide = value.to(tl.float32)
-    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / inputs + eps)).to(value.dtype).to(tl.float32)
-    scaled = normed * tl.load(weight + k, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * inputs + k, scaled.to(value.dtype), mask=inside)
+    tl.store(y + row * inputs + k, normed(x + row * x_stride, weight, k, inputs, eps), mask=k < inputs)
 
 
 # ---- launches ----

@@ -97,17 +97,36 @@ def prepare(weight: PackedWeight) -> PackedWeight:
     return PackedWeight(words, weight.scale.contiguous(), None, weight.shape, weight.scheme)
 
 
-def linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None, gated: bool = False) -> torch.Tensor:
+Codes = tuple[torch.Tensor, torch.Tensor]  # int8 [rows, inputs], float32 scales [rows]
+
+
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    gated: bool = False,
+    quantized: Codes | None = None,
+) -> torch.Tensor:
     """x [..., inputs] to [..., outputs] in x's dtype.
 
-    gated  x is [..., 2 inputs]; silu(first half) * second half is what is multiplied, and is nowhere in 16 bits
+    gated      x is [..., 2 inputs]; silu(first half) * second half is what is multiplied, and is nowhere in 16 bits
+    quantized  x's codes, where a norm made them (``rms_norm``)
     """
     outputs = weight.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(flat.shape[0], outputs)
     if y.numel():
-        products(flat, weight, bias, y, tiles_for(len(flat), has_nibbles(weight.scheme), x.device), gated)
+        products(flat, weight, bias, y, tiles_for(len(flat), has_nibbles(weight.scheme), x.device), gated, quantized)
     return y.view(*x.shape[:-1], outputs)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, bits: int) -> tuple[torch.Tensor, Codes]:
+    """``elementwise.rms_norm`` of x [..., inputs], at least one row, and the same as codes: one kernel."""
+    from mbq.kernels import int8_source as source
+
+    flat = x.reshape(-1, x.shape[-1])
+    y, codes, scales = source.rms_norm(flat if flat.stride(1) == 1 else flat.contiguous(), weight, eps, bits)
+    return y.view(x.shape), (codes, scales)
 
 
 def products(
@@ -117,6 +136,7 @@ def products(
     y: torch.Tensor,
     tiles: Tiles,
     gated: bool = False,
+    quantized: Codes | None = None,
 ) -> None:
     """x [rows, inputs], or [rows, 2 inputs] if ``gated``, quantized a row, times a weight into y [rows, outputs]."""
     from mbq.kernels import int8_source as source
@@ -126,9 +146,12 @@ def products(
     partial = None
     if shared:
         words = -(-shared * (tiles.rows * tiles.outputs + 1) // source.ZEROS) * source.ZEROS
-        partial = torch.empty(words, dtype=torch.int32, device=x.device)
-    rows = x if x.stride(1) == 1 else x.contiguous()
-    codes, scales = source.quantize(rows, weight.scheme.activations.bits, partial, gated)
+        empty = torch.empty if quantized is None else torch.zeros
+        partial = empty(words, dtype=torch.int32, device=x.device)
+    if quantized is None:
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        quantized = source.quantize(rows, weight.scheme.activations.bits, partial, gated)
+    codes, scales = quantized
     source.products(
         codes,
         scales,

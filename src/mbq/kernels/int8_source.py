@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from mbq.kernels.elementwise_source import gate
+from mbq.kernels.elementwise_source import gate, normed
 from mbq.kernels.int8 import CHUNK, Tiles
 
 ZEROS = 16384  # words that a program of the quantization kernel clears
@@ -70,6 +70,21 @@ def _quantized_rows(  # type: ignore[no-untyped-def]
     else:
         at = (program - rows) * ZEROS + tl.arange(0, ZEROS)
         tl.store(cleared + at, tl.zeros((ZEROS,), tl.int32))
+
+
+@triton.jit
+def _normed_rows(  # type: ignore[no-untyped-def]
+    x, weight, y, codes, scales, inputs, x_stride, codes_stride, eps,
+    MOST: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row i of x normed, as 16 bits (y) and as ``_quantized_rows`` makes codes and a scale of these."""
+    row, k = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    value = normed(x + row * x_stride, weight, k, inputs, eps)
+    tl.store(y + row * inputs + k, value, mask=k < inputs)
+    wide = value.to(tl.float32)
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(wide), 0), MOST * 1.0), LEAST)
+    tl.store(scales + row, scale)
+    tl.store(codes + row * codes_stride + k, _nearest(wide, scale, tl.div_rn(1.0, scale)), mask=k < inputs)
 
 
 # ---- the products ----
@@ -191,11 +206,9 @@ def quantize(
     If ``gated``, of silu(first half) * second half of x [rows, 2 inputs].
 
     ``cleared``, int32, becomes zeros; it has a multiple of ZEROS words.
-    Rows of codes begin at multiples of 16 bytes, as descriptors want them.
     """
     rows, inputs = x.shape[0], x.shape[1] // 2 if gated else x.shape[1]
-    codes = torch.empty(rows, -(-inputs // 16) * 16, dtype=torch.int8, device=x.device)[:, :inputs]
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    codes, scales = _empty(rows, inputs, x.device)
     clearing = 0 if cleared is None else cleared.numel() // ZEROS
     block = max(16, 1 << (inputs.bit_length() - 1))
     rest = triton.next_power_of_2(inputs - block) if inputs > block else 0
@@ -206,6 +219,27 @@ def quantize(
         num_warps=4 if block <= 4096 else 8 if block <= 8192 else 16,
     )  # fmt: skip
     return codes, scales
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [rows, inputs] normed, and codes and scales of that, as ``quantize`` makes them; the rows are contiguous."""
+    rows, inputs = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    codes, scales = _empty(rows, inputs, x.device)
+    block = triton.next_power_of_2(inputs)
+    _normed_rows[(rows,)](
+        *(x, weight, y, codes, scales, inputs, x.stride(0), codes.stride(0), eps),
+        MOST=2 ** (bits - 1) - 1, LEAST=LEAST_SCALE, BLOCK=block, num_warps=min(16, max(1, block // 512)),
+    )  # fmt: skip
+    return y, codes, scales
+
+
+def _empty(rows: int, inputs: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, whose rows begin at multiples of 16 bytes, as descriptors want them, and scales."""
+    codes = torch.empty(rows, -(-inputs // 16) * 16, dtype=torch.int8, device=device)[:, :inputs]
+    return codes, torch.empty(rows, dtype=torch.float32, device=device)
 
 
 def products(
