@@ -199,6 +199,8 @@ def test_outliers_and_massive_activations_are_what_a_loop_finds() -> None:
         assert outlier.channel == 3
         assert outlier.part == "mlp"
         assert outlier.ratio == pytest.approx(float(maxima[3] / maxima.median()), rel=1e-4)
+        steps = maxima / maxima.median() > 127
+        assert outlier.channels == tuple(steps.nonzero().flatten().tolist()) == (3,)
         assert outlier.share == pytest.approx(float(x[:, 3].square().sum() / x.square().sum()), rel=1e-4)
     spike = found.massive[1]
     assert spike.value == pytest.approx(max(value for value, _ in spikes), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +11,24 @@ import torch
 from torch import nn
 
 from mbq.architecture import LinearGroup
+from mbq.scheme import ActivationScheme
 
 MODALITIES = ("language", "vision")
 # A massive activation, as its discoverers define it (Sun et al., Massive Activations in Large Language Models, 2024).
 MASSIVE_VALUE, MASSIVE_RATIO = 100.0, 1000.0
+HALF = 0.5
 
 
 @dataclass(frozen=True)
 class Outlier:
     """The most extreme channel of what a group of linears of one block reads, over the tokens of one modality.
 
-    part   "attn" or "mlp", whose output they make
-    ratio  its max|x| over the median channel's max|x|: the robust scale, which no few channels move
-    share  its part of the sum of squares of all channels
+    part      "attn" or "mlp", whose output they make
+    ratio     its max|x| over the median channel's max|x|: the robust scale, which no few channels move
+    share     its part of the sum of squares of all channels
+    channels  those that do harm: one with more of the sum of squares than all others together, so that the rounding
+              of its column decides the output's error; and where activations are quantized, those so large that the
+              median channel's largest value is below one step of their token
     """
 
     block: int
@@ -32,6 +38,7 @@ class Outlier:
     channel: int
     ratio: float
     share: float
+    channels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,14 @@ class Spike:
 
 
 class Inputs:
-    """Maxima and sums of squares of the channels that a group's linears read, batch after batch."""
+    """Maxima and sums of squares of the channels that a group's linears read, batch after batch.
 
-    def __init__(self, group: LinearGroup) -> None:
+    activations  how the linears quantize what they read, None where they do not
+    """
+
+    def __init__(self, group: LinearGroup, activations: ActivationScheme | None) -> None:
         self.group = group
+        self.steps = math.inf if activations is None else 2 ** (activations.bits - 1) - 1
         self.maxima: dict[str, torch.Tensor] = {}
         self.squares: dict[str, torch.Tensor] = {}
 
@@ -79,11 +90,12 @@ class Inputs:
     def outliers(self, block: int) -> list[Outlier]:
         found = []
         for modality, maxima in self.maxima.items():
-            channel = int(maxima.argmax())
-            squares = self.squares[modality]
-            ratio = float(maxima[channel] / maxima.median().clamp(min=1e-30))
-            share = float(squares[channel] / squares.sum().clamp(min=1e-60))
-            found.append(Outlier(block, self.group.part, self.group.linears, modality, channel, ratio, share))
+            channel, squares = int(maxima.argmax()), self.squares[modality]
+            ratios = maxima / maxima.median().clamp(min=1e-30)
+            shares = squares / squares.sum().clamp(min=1e-60)
+            harmful = ((ratios > self.steps) | (shares > HALF)).nonzero().flatten().tolist()
+            figures = (channel, float(ratios[channel]), float(shares[channel]), tuple(harmful))
+            found.append(Outlier(block, self.group.part, self.group.linears, modality, *figures))
         return found
 
 

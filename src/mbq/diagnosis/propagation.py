@@ -85,7 +85,7 @@ def propagate(
         for index in range(len(reference.blocks)):
             pair = _Pair(reference, quantized, index)
             with placed(reference, index) as original, placed(quantized, index) as block:
-                pair.round(original, block)
+                pair.prepare(original, block)
                 for number, mask in enumerate(masks):
                     hidden[number], states[number] = (
                         kept(each, storage)
@@ -100,7 +100,7 @@ def propagate(
                         )
                     )
             errors.append(pair.errors())
-            outliers += [row for inputs in pair.inputs.values() for row in inputs.outliers(index)]
+            outliers += [row for inputs in pair.inputs for row in inputs.outliers(index)]
             massive.append(pair.residual.spike(index))
             if progress is not None:
                 progress(index + 1)
@@ -139,12 +139,12 @@ class _Pair:
     def __init__(self, reference: Binding, quantized: Binding, index: int) -> None:
         self.index, self.kind = index, reference.kinds[index]
         self.accumulated, self.own, self.expected = ({part: _Sums() for part in PARTS} for _ in range(3))
-        self.inputs = {group.name: Inputs(group) for group in self.kind.groups}
+        self.inputs: list[Inputs] = []
         self.residual = Residual()
         self.rounded: dict[str, torch.Tensor] = {}
         self.activations: ActivationScheme | None = None
 
-    def round(self, original: nn.Module, block: nn.Module) -> None:
+    def prepare(self, original: nn.Module, block: nn.Module) -> None:
         """Keep the float block's weights as nothing but rounding to the folder's bits would make them."""
         for path in self.kind.linears():
             layer = block.get_submodule(path)
@@ -152,6 +152,7 @@ class _Pair:
                 weight = original.get_submodule(path).get_parameter("weight")
                 self.rounded[path] = fake_quantize(weight, layer.scheme.weights)
                 self.activations = layer.scheme.activations
+        self.inputs = [Inputs(group, self.activations) for group in self.kind.groups]
 
     def read(
         self,
@@ -168,9 +169,9 @@ class _Pair:
             after = run(original, hidden, call)
             self.residual.add(after, masks)
         with _parts(block, self.kind) as found, hooked() as hooks:
-            for group in self.kind.groups:
-                hook = self.inputs[group.name].hook(masks)
-                hooks.append(block.get_submodule(group.linears[0]).register_forward_pre_hook(hook))
+            for inputs in self.inputs:
+                linear = block.get_submodule(inputs.group.linears[0])
+                hooks.append(linear.register_forward_pre_hook(inputs.hook(masks)))
             run(block, hidden, call)
         self._add(self.own, masks, found, wanted)
         with _parts(block, self.kind) as found:

@@ -6,7 +6,7 @@ docs/diagnosis.md says where each threshold comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mbq.diagnosis import advice
@@ -65,7 +65,8 @@ def outliers(m: Measurements) -> Finding | None:
     return Finding(
         "outliers",
         f"An outlier channel in block {worst.block} ({PART_NAMES[part]})",
-        f"Channel {worst.channel} of what {where} reads at {worst.modality} tokens reaches {worst.ratio:.0f} times the "
+        f"{_channels(worst.channels)} of what {where} reads: at {worst.modality} tokens channel {worst.channel} "
+        f"reaches {worst.ratio:.0f} times the "
         f"median channel and holds {worst.share:.0%} of the sum of squares. The output error is {error:.3f}, the "
         f"median over blocks {m.usual(part, worst.modality):.3f}.",
         advice.against_outliers(m, worst.block, worst.linears),
@@ -78,16 +79,9 @@ def harmful_outliers(m: Measurements) -> list[tuple[Outlier, float]]:
     for each in m.propagation.outliers:
         place = (each.block, each.part, each.modality)
         error = m.own(each.part, each.modality)[each.block] or 0.0
-        if place in m.places() and is_outlier(m, each) and error > ONE_BIT * m.usual(each.part, each.modality):
+        if each.channels and place in m.places() and error > ONE_BIT * m.usual(each.part, each.modality):
             found.append((each, error))
     return found
-
-
-def is_outlier(m: Measurements, each: Outlier) -> bool:
-    """One channel decides the rounding error, or takes the steps of quantized activations from the median channel."""
-    activations = m.scheme.activations
-    steps = None if activations is None else 2 ** (activations.bits - 1) - 1
-    return each.share > HALF or (steps is not None and each.ratio > steps)
 
 
 def bad_block(m: Measurements) -> Finding | None:
@@ -246,6 +240,12 @@ def _only_falls(m: Measurements, falling: str, holding: str) -> bool:
         return False
     ours, others = m.accuracy[falling], m.accuracy[holding]
     return ours.falls and not others.falls and gap(ours.difference, others.difference).high < 0
+
+
+def _channels(numbers: Sequence[int], most: int = 8) -> str:
+    listed = ", ".join(map(str, numbers[:most]))
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"Channel {listed}" if len(numbers) == 1 else f"Channels {listed}{more}"
 
 
 def _even(m: Measurements) -> str:
