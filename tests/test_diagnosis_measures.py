@@ -21,6 +21,7 @@ from mbq.diagnosis.bad_answers import CONDITION, NO_OUTPUT, RANDOM, REPETITION, 
 from mbq.diagnosis.measurements import accuracies, gap, more_often
 from mbq.diagnosis.outside import compare_outside
 from mbq.diagnosis.propagation import Propagation, propagate
+from mbq.diagnosis.run import by_modality
 from mbq.evaluation import Results, prepare
 from mbq.evaluation.scoring import answer_losses
 from mbq.evaluation.statistics import Interval
@@ -287,6 +288,12 @@ def test_losses_are_the_mean_log_probabilities_of_the_answers_tokens() -> None:
         with torch.inference_mode():
             chances = model(**inputs).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
         assert float(loss) == pytest.approx(float(-chances[range(len(ids)), ids].mean()), rel=1e-3)
+
+
+def test_rows_of_one_task_are_told_apart_by_their_pictures() -> None:
+    given = [(1, None), (0, None), (1, "a"), (0, "b"), (0, "a"), (1, "c")]
+    rows = [replace(row("Yellow.", images, seed), task=task) for seed, (images, task) in enumerate(given)]
+    assert [each.task for each in by_modality(rows)] == [None, "questions, text only", "a", "b", "a, text only", "c"]
 
 
 def test_answers_are_taken_evenly_from_the_tasks() -> None:

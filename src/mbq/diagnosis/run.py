@@ -22,6 +22,7 @@ from mbq.diagnosis.rules import Finding, findings
 from mbq.diagnosis.speed import Decode, Speed
 from mbq.errors import MBQError
 from mbq.evaluation import Questions, Results, answers, evaluate, prepare, select
+from mbq.evaluation.questions import task_of
 from mbq.evaluation.scoring import answer_losses
 from mbq.progress import Progress, silent
 from mbq.rows import Row, check_images, read_rows, text_of
@@ -89,7 +90,7 @@ def diagnose(
     they are, and are left as they were. Raises MBQError for whatever the caller can mend.
     """
     chosen = Options(**options)
-    rows = data if isinstance(data, list) else read_rows(data, images)
+    rows = by_modality(data if isinstance(data, list) else read_rows(data, images))
     asked = select(rows, None, chosen.limit)
     check_images(rows)
     pair = load_pair(model, baseline, processor, loading or Loading())
@@ -128,6 +129,15 @@ def diagnose(
         notes=_notes(found, batches, pair, chosen),
     )
     return Diagnosis(measured, findings(measured))
+
+
+def by_modality(rows: Sequence[Row]) -> list[Row]:
+    """Where rows of one task (or of none) have pictures and others have not, the latter become a task of their own."""
+    pictured = {task_of(row) for row in rows if row.images}
+    return [
+        replace(row, task=f"{task_of(row)}, text only") if not row.images and task_of(row) in pictured else row
+        for row in rows
+    ]
 
 
 @dataclass(frozen=True)
