@@ -148,6 +148,26 @@ def test_a_block_of_two_bits_among_eight_stands_out(trained: Trained) -> None:
     assert errors.own["attn"]["language"] == pytest.approx(errors.expected["attn"]["language"], rel=0.1)
 
 
+def test_a_block_that_stays_in_16_bits_is_not_at_fault(trained: Trained) -> None:
+    """Where no rounding is expected, twice that is none either."""
+    options = {"scheme": "W8A8", "method": "mbq", "num_calibration_samples": 8, "ignore": [f"re:.*layers.{BROKEN}.*"]}
+    rows = [row for row in trained.rows if row.images]
+    quantized = mbq.quantize(trained.model, trained.processor, data=rows, **options).model
+    found = trained.examine(quantized, limit=1)
+    assert rules(found) == []
+    errors = found.measurements.propagation.blocks[BROKEN]
+    assert errors.own["attn"]["language"] == errors.expected["attn"]["language"] == 0
+
+
+def test_a_block_that_gives_no_numbers_is_at_fault(trained: Trained) -> None:
+    quantized = trained.rounded("W8A8")
+    blocks(quantized)[BROKEN].self_attn.v_proj.weight_scale[3] = float("nan")
+    found = trained.examine(quantized, limit=1)
+    assert rules(found)[0] == "bad_block"
+    assert found.findings[0].title == f"Block {BROKEN} is at fault (attention)"
+    assert "is inf" in found.findings[0].evidence
+
+
 def test_an_outlier_channel_is_found_and_the_block_is_not_blamed_for_it(trained: Trained) -> None:
     """A norm's channel times 1,024 and the linears' columns by it: the same function, and eight bits lose the rest."""
     planted = copy.deepcopy(trained.model)

@@ -73,12 +73,17 @@ class Measurements:
         return [errors.own[part][tokens] for errors in self.propagation.blocks]
 
     def expected(self, part: str, tokens: str) -> list[float | None]:
-        """What rounding to nearest in the same scheme would make of them."""
-        return [errors.expected[part][tokens] for errors in self.propagation.blocks]
+        """What rounding to nearest in the same scheme would make of them, no less than what the dtype rounds.
+
+        A fold into a block that stays in 16 bits rounds its weights once more.
+        """
+        found = (errors.expected[part][tokens] for errors in self.propagation.blocks)
+        return [None if each is None else max(each, self.outside.rounding) for each in found]
 
     def usual(self, part: str, tokens: str) -> float:
-        """The median over the blocks of their own errors."""
-        return median([each for each in self.own(part, tokens) if each is not None] or [0.0])
+        """The median over the blocks of their own errors, no less than what the dtype rounds."""
+        errors = [each for each in self.own(part, tokens) if each is not None]
+        return max(median(errors or [0.0]), self.outside.rounding)
 
     def places(self) -> list[tuple[int, str, str]]:
         """(block, part, modality) wherever tokens matter: nothing attends to the last block's vision tokens."""

@@ -5,6 +5,7 @@ Both models read the same batches. A block of each is on the device at once; the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from mbq.qtensor import fake_quantize, fake_quantize_activations
 from mbq.scheme import ActivationScheme
 from mbq.sensitivity import PARTS
 from mbq.storage import Keep, kept
+from mbq.trace import check_finite
 
 TOKENS = (*MODALITIES, "first")
 Errors = dict[str, dict[str, float | None]]
@@ -33,7 +35,7 @@ class BlockErrors:
     """||quantized - float|| / ||float|| of the outputs of a block's attention and MLP, [part][kind of tokens].
 
     Tokens are "vision"; "language", whose output predicts an answer token; and "first", which open a sample, where
-    massive activations sit. None where there are no such tokens.
+    massive activations sit. None where there are no such tokens; infinite where the quantized model gives a NaN.
 
     accumulated  each model reads what its own earlier blocks gave
     own          the quantized block reads what the float block reads
@@ -71,7 +73,10 @@ def propagate(
     storage: Keep | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Propagation:
-    """Run ``batches`` through both models. ``progress`` is called with the number of blocks that are done."""
+    """Run ``batches`` through both models. ``progress`` is called with the number of blocks that are done.
+
+    Raises MBQError where the float model's output is not finite.
+    """
     masks = [_masks(batch) for batch in batches]
     with evaluating(reference.model), evaluating(quantized.model):
         hidden, calls = capture(reference, batches, storage)
@@ -99,6 +104,7 @@ def propagate(
                             own_calls[index][number],
                         )
                     )
+            check_finite(reference, index, pair.finite)
             errors.append(pair.errors())
             outliers += [row for inputs in pair.inputs for row in inputs.outliers(index)]
             massive.append(pair.residual.spike(index))
@@ -130,7 +136,8 @@ class _Sums:
 
     def errors(self) -> dict[str, float | None]:
         ratios = {kind: (error / size).sqrt().item() for kind, (error, size) in self.squares.items() if size > 0}
-        return {kind: ratios.get(kind) for kind in TOKENS}
+        found = {kind: ratio if math.isfinite(ratio) else math.inf for kind, ratio in ratios.items()}
+        return {kind: found.get(kind) for kind in TOKENS}
 
 
 class _Pair:
@@ -141,6 +148,7 @@ class _Pair:
         self.accumulated, self.own, self.expected = ({part: _Sums() for part in PARTS} for _ in range(3))
         self.inputs: list[Inputs] = []
         self.residual = Residual()
+        self.finite: list[torch.Tensor] = []
         self.rounded: dict[str, torch.Tensor] = {}
         self.activations: ActivationScheme | None = None
 
@@ -167,7 +175,8 @@ class _Pair:
         """The outputs of both blocks for one batch, each for its own model's states."""
         with _parts(original, self.kind) as wanted:
             after = run(original, hidden, call)
-            self.residual.add(after, masks)
+        self.finite.append(torch.isfinite(after).all())
+        self.residual.add(after, masks)
         with _parts(block, self.kind) as found, hooked() as hooks:
             for inputs in self.inputs:
                 linear = block.get_submodule(inputs.group.linears[0])

@@ -59,7 +59,7 @@ def outliers(m: Measurements) -> Finding | None:
     found = harmful_outliers(m)
     if not found:
         return None
-    worst, error = max(found, key=lambda each: each[1] / max(m.usual(each[0].part, each[0].modality), 1e-9))
+    worst, error = max(found, key=lambda each: each[1] / m.usual(each[0].part, each[0].modality))
     part = worst.part
     where = f"{', '.join(worst.linears)} of block {worst.block}"
     return Finding(
@@ -92,10 +92,10 @@ def bad_block(m: Measurements) -> Finding | None:
         own, expected = m.own(part, tokens)[block] or 0.0, m.expected(part, tokens)[block] or 0.0
         usual = m.usual(part, tokens)
         if own > ONE_BIT * expected or (own > TWO_BITS * usual and block not in explained):
-            found.append((own / max(min(expected, usual), 1e-9), block, part, tokens, own, expected, usual))
+            found.append((own / min(expected, usual), block, part, tokens, own, expected, usual))
     if not found:
         return None
-    _, block, part, tokens, own, expected, usual = max(found)
+    _, block, part, tokens, own, expected, usual = max(found, key=lambda each: each[0])  # the first of equals
     before, after = (_accumulated(m, index, part, tokens) for index in (block - 1, block))
     return Finding(
         "bad_block",
@@ -201,7 +201,7 @@ def no_speed_up(m: Measurements) -> Finding | None:
         "no_speed_up",
         f"Decoding is not faster than the float model ({speed.device})",
         f"A step takes {_milliseconds(ours)}, the float model's {_milliseconds(theirs)}. Kernel: {kernels}.{refused} "
-        f"{limit}: it reads {ours.bytes / 1e6:.1f} MB of weights a token, {ours.bandwidth / 1e9:.2f} GB/s, where a "
+        f"{limit}: it reads {ours.bytes / 1e6:.1f} MB of weights a token, {ours.bandwidth / 1e9:.2g} GB/s, where a "
         f"copy moves {speed.bandwidth / 1e9:.1f} GB/s, so reading is {speed.reading:.0%} of the step.",
         advice.faster(m),
     )

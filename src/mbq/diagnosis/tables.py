@@ -46,23 +46,19 @@ def show(found: Diagnosis, console: Console) -> None:
 
 
 def errors_table(m: Measurements) -> Table:
-    """A row a block: the part's error with the model's own inputs, on float inputs, and what rounding alone gives."""
-    table = _table(f"|quantized - float| / |float| on {m.propagation.samples} samples")
+    """Three rows a block: errors with the model's own inputs, on float inputs, and what rounding alone would give."""
+    table = _table(f"Errors of blocks, |quantized - float| / |float|, on {m.propagation.samples} samples")
     table.add_column("block", justify="right")
+    table.add_column("")
     for part in PART_NAMES.values():
         for tokens in MODALITIES:
             table.add_column(f"{part}\n{tokens}", justify="right", no_wrap=True)
     for block, errors in enumerate(m.propagation.blocks):
-        cells = [
-            "\n".join(_number(each[part][tokens]) for each in (errors.accumulated, errors.own, errors.expected))
-            for part in PART_NAMES
-            for tokens in MODALITIES
-        ]
-        table.add_row(str(block), *cells, end_section=True)
-    table.caption = (
-        "accumulated (the model's own inputs), the block's own (float inputs), and what\n"
-        f"rounding to nearest at {m.scheme.name} would give on float inputs, one under the other"
-    )
+        for name, each in (("accumulated", errors.accumulated), ("own", errors.own), ("expected", errors.expected)):
+            cells = [_number(each[part][tokens]) for part in PART_NAMES for tokens in MODALITIES]
+            last = each is errors.expected
+            table.add_row(str(block) if each is errors.accumulated else "", name, *cells, end_section=last)
+    table.caption = f"own: on float inputs; expected: the float block rounded to nearest at {m.scheme.name}"
     table.caption_justify = "left"
     return table
 
@@ -123,7 +119,7 @@ def speed_table(m: Measurements) -> Table:
         if step is not None:
             span = f"{1e3 * step.low:.2f} to {1e3 * step.high:.2f}"
             table.add_row(
-                name, f"{1e3 * step.seconds:.2f}", span, f"{step.bytes / 1e6:.1f}", f"{step.bandwidth / 1e9:.2f}"
+                name, f"{1e3 * step.seconds:.2f}", span, f"{step.bytes / 1e6:.1f}", f"{step.bandwidth / 1e9:.2g}"
             )
     kernels = ", ".join(f"{name} in {count} layers" for name, count in speed.kernels.items())
     table.caption = f"kernel: {kernels}; a copy moves {speed.bandwidth / 1e9:.1f} GB/s"
