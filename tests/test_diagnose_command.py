@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 import mbq
+from mbq import blocks, diagnosis
+from mbq.architecture import Binding
 from mbq.cli import app
+from mbq.diagnosis import Loading, pair
 from mbq.diagnosis.bad_answers import KINDS
+from mbq.rows import read_rows
 from tests.conftest import row, write_rows
 
 FEW = ("--samples", "4", "--answers", "2", "--max-new-tokens", "4", "--device", "cpu", "--batch-size", "2")
@@ -75,6 +80,31 @@ def test_a_file_is_written_too(
     record = json.loads((tmp_path / "found.json").read_text())
     assert record["answers"] == {}
     assert any("--answers 0" in note for note in record["notes"])
+
+
+def test_a_float_model_that_does_not_fit_is_measured_block_by_block(
+    quantized: Path, float_folder: Callable[[str], Path], calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU that is too small does, but for the moving: on the CPU blocks are where they compute."""
+    rows = read_rows(calibration, calibration.parent / "images")
+    few = {"samples": 4, "answers": 2, "max_new_tokens": 4, "batch_size": 2, "loading": Loading(device="cpu")}
+    whole = diagnosis.diagnose(quantized, float_folder("internvl"), data=rows, **few).measurements
+    monkeypatch.setattr(pair, "_placed", lambda *given: False)
+    arrived = []
+
+    @contextmanager
+    def streamed(binding: Binding) -> Iterator[None]:
+        arrived.append(binding.model)
+        with blocks.streamed(binding):
+            yield
+
+    monkeypatch.setattr(pair, "streamed", streamed)
+    found = diagnosis.diagnose(quantized, float_folder("internvl"), data=rows, **few).measurements
+    assert len(arrived) == 1, "the float model alone"
+    assert found.propagation == whole.propagation
+    assert found.answers == whole.answers
+    assert found.speed.reference is None
+    assert any("its decode step was not timed" in note for note in found.notes)
 
 
 def test_what_cannot_be_compared_is_refused_in_a_sentence(

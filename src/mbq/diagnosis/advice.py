@@ -89,8 +89,8 @@ def more_bits(m: Measurements) -> str:
     size = m.scheme.weights.group_size
     if size is not None and size > SMALLER_GROUP:
         found.append(f"smaller groups: {quantize(m, group_size=SMALLER_GROUP)}")
-    if m.recipe.get("method") == "rtn":
-        found.append(f"a method that looks at activations: {quantize(m, method='mbq')}")
+    if m.recipe.get("method") != "mbq":
+        found.append(f"the method that weighs the modalities apart: {quantize(m, method='mbq')}")
     worst = worst_block(m)
     found.append(f"the block with the largest error in 16 bits: {quantize(m, ignore=block_pattern(m, worst))}")
     return "; or ".join(found)

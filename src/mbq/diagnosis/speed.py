@@ -79,7 +79,7 @@ def decode_steps(binding: Binding, processor: Any, row: Row) -> Decode:
     static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
     options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
     clock = _Clock()
-    with cuda_graph(model) if static else nullcontext(), torch.inference_mode():
+    with cuda_graph(model) if static else nullcontext():
         model.generate(
             **inputs,
             **options,

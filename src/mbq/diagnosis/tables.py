@@ -47,7 +47,7 @@ def show(found: Diagnosis, console: Console) -> None:
 
 def errors_table(m: Measurements) -> Table:
     """Three rows a block: errors with the model's own inputs, on float inputs, and what rounding alone would give."""
-    table = _table(f"Errors of blocks, |quantized - float| / |float|, on {m.propagation.samples} samples")
+    table = _table(f"Relative output errors of blocks on {m.propagation.samples} samples")
     table.add_column("block", justify="right")
     table.add_column("")
     for part in PART_NAMES.values():
@@ -58,7 +58,7 @@ def errors_table(m: Measurements) -> Table:
             cells = [_number(each[part][tokens]) for part in PART_NAMES for tokens in MODALITIES]
             last = each is errors.expected
             table.add_row(str(block) if each is errors.accumulated else "", name, *cells, end_section=last)
-    table.caption = f"own: on float inputs; expected: the float block rounded to nearest at {m.scheme.name}"
+    table.caption = f"own: on float inputs\nexpected: the float block rounded to nearest at {m.scheme.name}"
     table.caption_justify = "left"
     return table
 
