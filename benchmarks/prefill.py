@@ -9,14 +9,15 @@ over replays of a CUDA graph that goes once round copies of the weight larger th
 number of rows in turns: under long loads the GPU's power limit lowers its clock. Humming's has one copy, which may stay
 in the L2. "Layer" is the sum of the four. mbq's int8 products are compared with exact integers before they are
 timed, those of W3A16 with float32; what fails is printed and left out. "Through 16 bits" is what W3A16 does in prompts
-on other GPUs than Hopper's. Last, W3A16's two ways, that of few rows in several launches and that of prompts, are timed
-at the numbers of rows about which the second takes over.
+on other GPUs than Hopper's, and "in Triton" what W4A8 and W8A8 do there. Last, the two ways of a scheme, that of few
+rows and that of prompts, are timed at the numbers of rows about which the second takes over.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import json
 import multiprocessing
 import time
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 
 from mbq import bench
 from mbq.bench import QWEN2_7B, microseconds
-from mbq.kernels import cuda, humming, int8
+from mbq.kernels import cuda, humming, int8, prompt_int8
 from mbq.kernels.int8 import Tiles
 from mbq.kernels.packed import PackedWeight, pack_weight
 from mbq.qtensor import QTensor, quantize_activations
@@ -45,6 +46,7 @@ ROWS = (1, 16, 128, 512, 2048, 8192)
 QUANTIZED = ("W4A8", "W8A8")
 WEIGHT_ONLY = "W3A16"
 TAKEOVER_ROWS = (16, 32, 48, 64, 80, 96, 112, 128)
+INT8_TAKEOVER_ROWS = (17, 32, 33, 48, 64, 96, 128, 256)
 ROTATE_BYTES = 160 * 2**20  # several times the L2
 COMPILERS = 28  # processes that compile at once
 
@@ -294,6 +296,7 @@ def makers(name: str, peers: list[str]) -> dict[str, Callable[..., Callable[[tor
     if name in LAYER:
         made |= {WEIGHT_ONLY: packed, "through 16 bits": partial(packed, dense=True)}
     made |= {scheme: partial(quantized, scheme) for scheme in QUANTIZED}
+    made |= {f"{scheme} in Triton": partial(quantized, scheme, multiply=in_triton) for scheme in QUANTIZED}
     made |= {"quantization": quantization, "_int_mm": int_mm}
     if "humming" in peers:
         if name in LAYER:
@@ -315,25 +318,52 @@ def packed(shape: tuple[int, int], dtype: torch.dtype, dense: bool = False) -> C
 
 
 def quantized(
-    scheme: str, shape: tuple[int, int], dtype: torch.dtype, kernel: Any = int8, roundings: int = 1
+    scheme: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    kernel: Any = int8,
+    roundings: int = 1,
+    multiply: Callable[..., torch.Tensor] | None = None,
 ) -> Callable[[torch.Tensor], Calls]:
     """The whole linear, quantization included. The calls raise ValueError where a product is wrong."""
     q, weight = random_weight(SCHEMES[scheme], shape, dtype, kernel)
     weights = [with_words(weight, words) for words in copies_of(weight.words)]
+    linear = multiply or kernel.linear
 
     def calls(x: torch.Tensor) -> Calls:
-        bad = wrong(kernel.linear(x, weights[0], None), x, q, roundings)
+        bad = wrong(linear(x, weights[0], None), x, q, roundings)
         if bad:
             raise ValueError(f"{bad} products are wrong")
-        return [partial(kernel.linear, x, w, None) for w in weights]
+        return [partial(linear, x, w, None) for w in weights]
 
     return calls
 
 
+def in_triton(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``int8.linear`` without the kernel of prompts."""
+    y = x.new_empty(len(x), weight.shape[0])
+    int8.products(x, weight, bias, y, int8.tiles_for(len(x), int8.has_nibbles(weight.scheme), x.device))
+    return y
+
+
+def as_prompt(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``int8.linear`` with the kernel of prompts, however few the rows."""
+    y = x.new_empty(len(x), weight.shape[0])
+    int8.prompt_products(x, weight, bias, y)
+    return y
+
+
 def quantization(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:
+    """What W8A8 does first."""
     from mbq.kernels import int8_source as source
 
-    return lambda x: [partial(source.quantize, each, 8) for each in copies_of(x)]
+    _, weight = random_weight(SCHEMES["W8A8"], (shape[0], shape[1]), dtype)
+
+    def calls(x: torch.Tensor) -> Calls:
+        quantize = prompt_int8.quantize if prompt_int8.takes(x, weight, None) else source.quantize
+        return [partial(quantize, each, 8) for each in copies_of(x)]
+
+    return calls
 
 
 def int_mm(shape: tuple[int, int], dtype: torch.dtype) -> Callable[[torch.Tensor], Calls]:
@@ -370,6 +400,28 @@ def takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
             row["packed"] += with_packed_rows(TAKEOVER_ROWS[-1], x, weights)
             row["prompt"] += with_packed_rows(0, x, weights)
             row["16 bit"] += each([lambda w=w, x=x: F.linear(x, w) for w in sixteen])  # type: ignore[misc]
+    return found
+
+
+def with_each(multiply: Callable[..., torch.Tensor], x: torch.Tensor, weights: list[PackedWeight]) -> None:
+    for weight in weights:
+        multiply(x, weight)
+
+
+def int8_takeover(dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Microseconds of a layer's four linears at W4A8 and W8A8, in Triton and as a prompt."""
+    found: list[dict[str, Any]] = [{"rows": rows} for rows in INT8_TAKEOVER_ROWS]
+    for shape, scheme in itertools.product(LAYER.values(), QUANTIZED):
+        _, weight = random_weight(SCHEMES[scheme], shape, dtype)
+        weights = [with_words(weight, words) for words in copies_of(weight.words)]
+        for row in found:
+            x = torch.randn(row["rows"], shape[1], dtype=dtype, device="cuda")
+            runs = {
+                f"{scheme} in Triton": partial(with_each, in_triton, x, weights),
+                f"{scheme} as a prompt": partial(with_each, as_prompt, x, weights),
+            }
+            for way, took in bench.in_turns(runs).items():
+                row[way] = row.get(way, 0.0) + took / len(weights)
     return found
 
 
@@ -465,7 +517,10 @@ def main() -> None:
         print("\n".join(table(found)))
         more["takeover"] = takeover(dtype)
         save(found)
-        for row in more["takeover"]:
+        if torch.cuda.get_device_capability() == (9, 0):
+            more["int8_takeover"] = int8_takeover(dtype)
+            save(found)
+        for row in [*more["takeover"], *more.get("int8_takeover", [])]:
             print("  ".join(f"{name} {value:.0f}" for name, value in row.items()))
 
 

@@ -19,7 +19,7 @@ from mbq.checkpoint import gguf_file
 from mbq.checkpoint.gguf_file import check_tokenizer, language_model, write_importance, write_model
 from mbq.errors import MBQError
 from mbq.importance import Importance
-from tests import tiny
+from tests import tiny, tiny_families
 
 gguf = pytest.importorskip("gguf")
 
@@ -32,7 +32,12 @@ LINEARS = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-NAMES = {**LINEARS, "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+NAMES = {
+    **LINEARS,
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}  # Qwen3's
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -45,6 +50,11 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return {key: field.contents() for key, field in reader.fields.items()}, tensors
 
 
+def made(family: str, text: str | None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A model of tests/tiny.py, or, without a name of its ``text``, of tests/tiny_families.py."""
+    return tiny.tiny(family, text=text, dtype=dtype) if text else tiny_families.tiny(family, dtype)
+
+
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Channels i and i + d/2 of each head side by side, counted out."""
     width = len(weight) // heads
@@ -55,6 +65,8 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("family", "text", "architecture", "dtype"),
     [
+        ("qwen2_5_vl", None, "qwen2vl", torch.bfloat16),
+        ("qwen3_vl", None, "qwen3vl", torch.float32),
         ("llava_onevision", "qwen2", "qwen2", torch.float32),
         ("internvl", "qwen2", "qwen2", torch.bfloat16),
         ("internvl", "llama", "llama", torch.float16),
@@ -63,9 +75,9 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
     ],
 )
 def test_every_tensor_has_its_place(
-    family: str, text: str, architecture: str, dtype: torch.dtype, tmp_path: Path
+    family: str, text: str | None, architecture: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    model, processor = tiny.tiny(family, text=text, dtype=dtype)
+    model, processor = made(family, text, dtype)
     binding = bind(model)
     write_model(tmp_path / "model.gguf", language_model(binding), processor, "tiny")
     keys, tensors = read(tmp_path / "model.gguf")
@@ -79,7 +91,7 @@ def test_every_tensor_has_its_place(
     for name, tensor in tensors.items():
         steps = name.split(".")
         if steps[0] == "blk":
-            own = f"{binding.name(int(steps[1]), NAMES[steps[2]])}.{steps[3]}"
+            own = f"{binding.name(int(steps[1]), (NAMES | HEAD_NORMS)[steps[2]])}.{steps[3]}"
         else:
             places = {"token_embd": f"{root}.embed_tokens", "output_norm": f"{root}.norm"}
             head = next(name for name in language if name.endswith("lm_head.weight")).removesuffix(".weight")
@@ -90,18 +102,15 @@ def test_every_tensor_has_its_place(
         assert tensor.dtype == (torch.float32 if expected.ndim == 1 else dtype), name
         assert torch.equal(tensor, expected.to(tensor.dtype)), name
     assert keys["general.architecture"] == architecture
-    assert [keys[f"{architecture}.{key}"] for key in ("block_count", "embedding_length", "feed_forward_length")] == [
-        2,
-        128,
-        256,
-    ]
-    assert [keys[f"{architecture}.attention.{key}"] for key in ("head_count", "head_count_kv", "key_length")] == [
-        4,
-        2,
-        32,
-    ]
-    if architecture == "qwen2vl":
-        assert keys["qwen2vl.rope.dimension_sections"] == [4, 6, 6, 0]
+    width = 128 if text else tiny_families.HIDDEN
+    sizes = [keys[f"{architecture}.{key}"] for key in ("block_count", "embedding_length", "feed_forward_length")]
+    assert sizes == [2, width, 2 * width]
+    heads = [keys[f"{architecture}.attention.{key}"] for key in ("head_count", "head_count_kv", "key_length")]
+    assert heads == [width // 32, width // 64, 32]
+    if "vl" in architecture:
+        sections = [6, 5, 5, 0] if architecture == "qwen3vl" else [4, 6, 6, 0]
+        assert keys[f"{architecture}.rope.dimension_sections"] == sections
+    assert keys.get(f"{architecture}.n_deepstack_layers") == (2 if architecture == "qwen3vl" else None)
 
 
 def test_the_order_of_llamas_rows_is_that_of_its_rotation() -> None:
@@ -210,7 +219,9 @@ def test_without_the_package_a_sentence(
 def test_what_llama_cpp_would_compute_otherwise_is_refused(
     float_folder: Callable[[str], Path], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(MBQError, match="types qwen2, qwen2_vl_text, llama, not internlm2; export --format equalized"):
+    with pytest.raises(
+        MBQError, match=r"of the types qwen2, qwen2_vl_text, .*, llama, not internlm2; export --format equalized"
+    ):
         mbq.export(
             float_folder("internvl2_internlm2"),
             output=tmp_path / "out",
@@ -242,13 +253,20 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("family", "text"), [("llava_onevision", "qwen2"), ("internvl", "llama"), ("qwen2_vl", "qwen2")]
+    ("family", "text"),
+    [
+        ("llava_onevision", "qwen2"),
+        ("internvl", "llama"),
+        ("qwen2_vl", "qwen2"),
+        ("qwen2_5_vl", None),
+        ("qwen3_vl", None),
+    ],
 )
-def test_llama_cpp_computes_the_same(family: str, text: str, tmp_path: Path) -> None:
+def test_llama_cpp_computes_the_same(family: str, text: str | None, tmp_path: Path) -> None:
     """Where llama-cpp-python is installed: its tokens and logits of a text are transformers'."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    model, processor = tiny.tiny(family, text=text)
-    for module in model.modules() if family == "qwen2_vl" else ():
+    model, processor = made(family, text)
+    for module in model.modules() if family in ("qwen2_vl", "qwen2_5_vl") else ():
         if hasattr(module, "variance_epsilon"):
             module.variance_epsilon = 0.0  # what llama.cpp takes for Qwen2-VL: it does not read the file's
     write_model(tmp_path / "model.gguf", language_model(bind(model)), processor, "tiny")

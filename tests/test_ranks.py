@@ -32,7 +32,7 @@ from mbq.calibration import CalibrationBatch
 from mbq.errors import MBQError
 from mbq.loading import load_model
 from mbq.search import _Search, token_roles
-from tests import tiny
+from tests import tiny, tiny_families
 from tests.conftest import ANSWERS, row, write_rows
 
 pytestmark = pytest.mark.forks
@@ -195,6 +195,21 @@ def test_the_same_as_one_process(
     assert not made.with_name("made.unfinished").exists()
     if (wanted / "sensitivity.json").exists():
         assert_equal_sensitivity(made, wanted)
+
+
+def test_experts_get_the_tokens_of_all_processes(data: list[str], tmp_path: Path) -> None:
+    made, processor = tiny_families.tiny("qwen3_vl_moe")
+    made.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    command = ["quantize", str(tmp_path / "model"), *data, "--num-calibration-samples", SAMPLES, "--group-size", "32"]
+    for count in (1, 3):
+        first, *others = run(count, [*command, "--output", str(tmp_path / str(count))], tmp_path)
+        assert (first.status, [each.err for each in others]) == (0, [""] * (count - 1)), first.err
+    alone, shared = tmp_path / "1", tmp_path / "3"
+    rows = [json.loads((folder / "search.json").read_text("utf-8")) for folder in (alone, shared)]
+    assert [row.get("tokens") for row in rows[0]] == [row.get("tokens") for row in rows[1]]
+    assert alphas(alone) == alphas(shared)
+    assert weights(alone) == weights(shared)
 
 
 def assert_equal_sensitivity(made: Path, wanted: Path) -> None:

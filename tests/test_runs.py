@@ -15,9 +15,10 @@ import mbq
 from mbq.demo import reference_model
 from mbq.errors import MBQError
 from mbq.evaluation import Answer, Results, Run, answers, run, write_run
+from mbq.evaluation.command import run_names
 from mbq.evaluation.examples import Examples
 from mbq.evaluation.questions import prepare
-from mbq.evaluation.run import run_names, world_questions
+from mbq.evaluation.run import world_questions
 from mbq.evaluation.runs import picture_names
 from mbq.rows import Row, text_of
 from tests import tiny
@@ -82,7 +83,14 @@ def test_both_models_answer_every_shown_question(stored: Path, quantized: Path, 
 def test_run_json_says_what_was_run(stored: Path, quantized: Path) -> None:
     info = Run.load(stored / "W3A16-rtn").info
     assert info["source"] == str(quantized)
-    assert info["data"] == {"data": None, "tasks": TASKS, "limit": LIMIT}
+    assert info["data"] == {
+        "tasks": TASKS,
+        "data": None,
+        "images": None,
+        "limit": LIMIT,
+        "include_path": None,
+        "perplexity": None,
+    }
     assert info["bytes"] == sum(file.stat().st_size for file in quantized.glob("*.safetensors"))
     assert info["kernel"] == "reference"
     assert Run.load(stored / "internvl").info["kernel"] is None
@@ -159,6 +167,7 @@ def test_writing_and_reading_changes_nothing(tmp_path: Path) -> None:
         ("results.json", '{"model": "m"}', "is damaged"),
         ("answers.jsonl", '{"task": 1}', "is damaged"),
         ("answers.jsonl", "escape", "lies outside"),
+        ("answers.jsonl", "other", "question 1 of t|is damaged"),
     ],
 )
 def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path, name: str, content: str | None, message: str) -> None:
@@ -168,6 +177,8 @@ def test_a_folder_that_is_no_run_is_a_sentence(tmp_path: Path, name: str, conten
     elif content == "escape":
         line = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**line, "pictures": ["../../secret.png"]}))
+    elif content == "other":
+        (folder / name).write_text((folder / name).read_text().replace('"index": 0', '"index": 1'))
     else:
         (folder / name).write_text(content)
     with pytest.raises(MBQError, match=message):

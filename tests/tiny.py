@@ -45,6 +45,7 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
     Qwen3Config,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 
@@ -319,7 +320,13 @@ _INTERNVL2_TEXT = {
 
 
 def _backbone(text: str) -> Callable[..., Any]:
-    return {"qwen2": Qwen2Config, "llama": LlamaConfig, "qwen3": partial(Qwen3Config, head_dim=32)}[text]
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+    return {
+        "qwen2": Qwen2Config,
+        "llama": LlamaConfig,
+        "qwen3": partial(Qwen3Config, head_dim=32),
+        "qwen3_moe": partial(Qwen3MoeConfig, **experts),
+    }[text]
 
 
 _BUILDERS: dict[str, Callable[..., tuple[Any, Any]]] = {
@@ -359,7 +366,9 @@ def tiny(
 def randomize(model: torch.nn.Module) -> None:
     """Weights that keep the signal's size; norm weights spread by a factor of e^±0.5, biases not zero."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim > 1 and "embed" not in name:
+        if ".experts." in name:  # [expert, out, in]
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        elif parameter.ndim > 1 and "embed" not in name:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
         elif parameter.ndim > 1:
             parameter.normal_(std=0.3)

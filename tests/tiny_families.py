@@ -25,6 +25,8 @@ from transformers import (
     Glm4vConfig,
     Glm4vForConditionalGeneration,
     Glm4vImageProcessor,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
     Glm4vProcessor,
     Glm4vVideoProcessor,
     Idefics3Config,
@@ -60,8 +62,12 @@ from transformers import (
     Qwen2VLVideoProcessor,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
     Siglip2VisionConfig,
@@ -142,15 +148,26 @@ def _qwen3_vl() -> tuple[Any, Any]:
     """What the tower's first block gives is added behind the first decoder block, its last's behind the second."""
     vision = {"patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
     classes = (Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor)
-    return _qwen(*classes, vision, {"mrope_interleaved": True})
+    return _qwen(*classes, vision, {"mrope_interleaved": True, "mrope_section": [6, 5, 5]})
 
 
-def _qwen3_5() -> tuple[Any, Any]:
+# A token goes to two of five experts.
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN // 2}
+
+
+def _qwen3_vl_moe() -> tuple[Any, Any]:
+    """A block with a dense MLP, and one with experts."""
+    vision = {"patch_size": 14, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+    classes = (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    return _qwen(*classes, vision, {"mrope_interleaved": True}, num_experts=5, mlp_only_layers=[0], **EXPERTS)
+
+
+def _qwen3_5(config_class: type, model_class: type, **more: Any) -> tuple[Any, Any]:
     """A block with a delta net of two key heads and four value heads, and one with attention."""
     vision = {"patch_size": 14, "num_position_embeddings": 16}
     net = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
-    text = {**net, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
-    classes = (Qwen3_5Config, Qwen3_5ForConditionalGeneration, Qwen3VLProcessor, Qwen3VLVideoProcessor)
+    text = {**net, "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"], **more}
+    classes = (config_class, model_class, Qwen3VLProcessor, Qwen3VLVideoProcessor)
     return _qwen(*classes, vision, {"mrope_interleaved": True, "mrope_section": [2, 1, 1]}, **text)
 
 
@@ -273,7 +290,7 @@ def _gemma3() -> tuple[Any, Any]:
     return Gemma3ForConditionalGeneration(config), processor
 
 
-def _glm4v() -> tuple[Any, Any]:
+def _glm4v(config_class: type, model_class: type, sections: list[int], **more: Any) -> tuple[Any, Any]:
     special = ["<|begin_of_image|>", "<|image|>", "<|end_of_image|>"]
     special += [token.replace("image", "video") for token in special]
     tokens = tokenizer(special, image_token="<|image|>", video_token="<|video|>")
@@ -286,15 +303,15 @@ def _glm4v() -> tuple[Any, Any]:
     )
     names = ("image_start_token_id", "image_token_id", "image_end_token_id")
     names += tuple(name.replace("image", "video") for name in names)
-    text = text_config(tokens, rope_parameters={"rope_theta": 10000.0, "mrope_section": [4, 6, 6]})
+    text = text_config(tokens, rope_parameters={"rope_theta": 10000.0, "mrope_section": sections}, **more)
     del text["head_dim"]
-    config = Glm4vConfig(
+    config = config_class(
         text_config=text,
         vision_config={"depth": 2, "num_heads": 2, "hidden_size": 32, "out_hidden_size": HIDDEN,
                        "intermediate_size": 64, "image_size": 56},
         **dict(zip(names, tokens.convert_tokens_to_ids(special), strict=True)),
     )  # fmt: skip
-    return Glm4vForConditionalGeneration(config), processor
+    return model_class(config), processor
 
 
 def _lfm2_vl() -> tuple[Any, Any]:
@@ -344,16 +361,28 @@ def _blip2() -> tuple[Any, Any]:
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
-    "qwen3_5": _qwen3_5,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "qwen3_5": lambda: _qwen3_5(Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "qwen3_5_moe": lambda: _qwen3_5(
+        Qwen3_5MoeConfig,
+        Qwen3_5MoeForConditionalGeneration,
+        num_experts=5,
+        shared_expert_intermediate_size=HIDDEN,
+        **EXPERTS,
+    ),
     "llava": _llava,
     "llava_next": lambda: _llava_next(LlamaConfig),
     "llava_next_mistral": lambda: _llava_next(MistralConfig, sliding_window=None),
     "internvl3": lambda: first.tiny("internvl", hidden=HIDDEN, kv_heads=1, text="qwen2"),
     "internvl3_5": lambda: first.tiny("internvl", hidden=HIDDEN, kv_heads=1, text="qwen3"),
+    "internvl3_5_moe": lambda: first.tiny("internvl", hidden=HIDDEN, kv_heads=1, text="qwen3_moe"),
     "pixtral": _pixtral,
     "mistral3": _mistral3,
     "gemma3": _gemma3,
-    "glm4v": _glm4v,
+    "glm4v": lambda: _glm4v(Glm4vConfig, Glm4vForConditionalGeneration, [4, 6, 6]),
+    "glm4v_moe": lambda: _glm4v(
+        Glm4vMoeConfig, Glm4vMoeForConditionalGeneration, [2, 3, 3], n_routed_experts=5, **EXPERTS
+    ),
     "blip2": _blip2,
     "lfm2_vl": _lfm2_vl,
     "idefics3": lambda: _idefics3(Idefics3Config, Idefics3ForConditionalGeneration),

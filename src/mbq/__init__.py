@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mbq.exporting import ExportResult, export
     from mbq.loading import load_processor
     from mbq.pipeline import QuantizationResult, quantize
+    from mbq.publishing import Pushed, push
     from mbq.quantized import load
     from mbq.recipe import Recipe
     from mbq.scheme import SCHEMES, Scheme
@@ -24,18 +25,21 @@ __all__ = [
     "SCHEMES",
     "ExportResult",
     "MBQError",
+    "Pushed",
     "QuantizationResult",
     "Recipe",
     "Scheme",
     "export",
     "load",
     "load_processor",
+    "push",
     "quantize",
 ]
 
 _HOME = {
     "ExportResult": "exporting",
     "MBQError": "errors",
+    "Pushed": "publishing",
     "QuantizationResult": "pipeline",
     "Recipe": "recipe",
     "SCHEMES": "scheme",
@@ -43,6 +47,7 @@ _HOME = {
     "export": "exporting",
     "load": "quantized",
     "load_processor": "loading",
+    "push": "publishing",
     "quantize": "pipeline",
 }
 

@@ -12,6 +12,9 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mbq.errors import MBQError
+from mbq.experts import split_experts
+
+EACH = ".*."  # in a path: of every expert
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,11 @@ class LinearGroup:
     part     "attn" or "mlp": whose sensitivity weighs the loss
     section  where prev makes several times as many rows as the group has channels, one after the other (GLM's
              gate_up_proj: the gate's, then up's), the number of those that are the group's channels times something
+    routed   the experts' path in the block, and the number of the one whose tokens alone the group reads
+    mixture  some of its linears are those of experts, each of which reads the tokens that the router sends there
+
+    "mlp.experts.*.up_proj" stands for that linear of every expert of a mixture, and a group whose ``prev`` has a star
+    for one group an expert, "down.0" and so on. ``BlockKind.of`` writes them out, and sets the last two fields.
     """
 
     name: str
@@ -34,6 +42,8 @@ class LinearGroup:
     inspect: str
     part: str
     section: int | None = None
+    routed: tuple[str, int] | None = None
+    mixture: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,13 @@ class BlockKind:
         """Every path that is named."""
         named = [path for group in self.groups for path in (group.prev, group.inspect, *group.linears)]
         return tuple(dict.fromkeys([*named, self.attn_output, self.mlp_output]))
+
+    def of(self, block: nn.Module) -> BlockKind:
+        """The same with the experts of ``block`` by their numbers, where it has a mixture."""
+        if not any(EACH in path for path in self.linears()):
+            return self
+        groups = [made for group in self.groups for made in _by_expert(group, block)]
+        return replace(self, groups=tuple(groups))
 
 
 @dataclass(frozen=True)
@@ -165,6 +182,8 @@ def matches(name: str, pattern: str) -> bool:
 def bind(model: nn.Module) -> Binding:
     """Find the architecture of ``model``: by its class's name, else by the structure of its blocks.
 
+    The experts of a mixture become linears, over the same numbers (``experts.split_experts``); else nothing changes.
+
     Raises MBQError for a class that is refused, if a known class lacks one of its names (a version that renamed them),
     or if an unknown class has no list of blocks, or more than one, that looks like a known block, with one vision
     tower beside it.
@@ -174,6 +193,8 @@ def bind(model: nn.Module) -> Binding:
 
     check_known(type(model).__name__)
     variants = FAMILIES.get(type(model).__name__)
+    if any(EACH in path for variant in variants or () for kind in variant.kinds for path in kind.linears()):
+        split_experts(model)
     if variants is None:
         architecture = _match_structure(model)
     else:
@@ -247,7 +268,36 @@ def _missing(model: nn.Module, architecture: Architecture) -> list[str]:
 
 def _kind(block: nn.Module, architecture: Architecture) -> BlockKind:
     """The kind of block that it is, or is nearest to."""
-    return min(architecture.kinds, key=lambda kind: len(_lacking(block, kind)))
+    return min((kind.of(block) for kind in architecture.kinds), key=lambda kind: len(_lacking(block, kind)))
+
+
+def _by_expert(group: LinearGroup, block: nn.Module) -> list[LinearGroup]:
+    """The group, or one an expert, with numbers for stars; stars stay where the block has no experts there."""
+    path = next((path for path in (group.prev, *group.linears) if EACH in path), None)
+    if path is None:
+        return [group]
+    experts = path.partition(EACH)[0]
+    numbers = range(len(list(block.get_submodule(experts).children())) if _has(block, experts) else 0)
+
+    def own(path: str, number: int) -> str:
+        return path.replace(EACH, f".{number}.")
+
+    if not numbers:
+        return [group]
+    if EACH not in group.prev:
+        linears = (own(path, number) for path in group.linears for number in (numbers if EACH in path else (0,)))
+        return [replace(group, linears=tuple(linears), mixture=True)]
+    return [
+        replace(
+            group,
+            name=f"{group.name}.{number}",
+            prev=own(group.prev, number),
+            linears=tuple(own(path, number) for path in group.linears),
+            inspect=own(group.inspect, number),
+            routed=(experts, number),
+        )
+        for number in numbers
+    ]
 
 
 def _lacking(block: nn.Module, kind: BlockKind) -> list[str]:

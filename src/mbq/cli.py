@@ -41,6 +41,8 @@ from mbq.options import (
     Offload,
     OffloadFolder,
     Parity,
+    Private,
+    PushToHub,
     Resume,
     Samples,
     Scheme,
@@ -66,6 +68,8 @@ app = typer.Typer(
 )
 
 DEFAULT = Recipe()
+# Arguments of mbq quantize and mbq export that are no options of the recipe.
+NO_RECIPE = ("model", "output", "resume", "push_to_hub", "private", "verbose")
 # By torchrun's processes; the others are rank 0's alone.
 SHARED = ("quantize_command", "export_command", "sensitivity_command")
 
@@ -133,11 +137,13 @@ def _fail(sentence: str, status: int) -> None:
 def _set_up_logging(verbose: int) -> None:
     if not sys.stderr.isatty() or ranks.rank() > 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     if verbose:
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("mbq").setLevel(logging.INFO)
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     warnings.simplefilter("ignore")
     warnings.simplefilter("default", MBQWarning)
     warnings.showwarning = lambda message, *rest: typer.echo(f"mbq: {message}", err=True)
@@ -153,6 +159,23 @@ def _announce(console: Console) -> Callable[[object], None]:
 def _errors() -> Console:
     """Progress goes to stderr, so that stdout holds results only."""
     return Console(stderr=True)
+
+
+def _check_push(push_to_hub: str | None, private: bool) -> None:
+    """Whether the upload can succeed, before the search."""
+    if push_to_hub is None and private:
+        raise MBQError("--private is of the repository that --push-to-hub names; give both.")
+    if push_to_hub is not None and ranks.rank() == 0:
+        from mbq.publishing import check_push
+
+        check_push(push_to_hub, private)
+
+
+def _push(folder: Path, repository: str | None, private: bool) -> None:
+    if repository is not None:
+        from mbq.publishing import push
+
+        typer.echo(str(push(folder, repository, private)))
 
 
 @command
@@ -188,13 +211,16 @@ def quantize_command(
     activations: Activations = DEFAULT.activations,
     offload_folder: OffloadFolder = None,
     resume: Resume = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Quantize a vision-language model and write it as a folder that mbq and transformers load."""
-    options = {name: value for name, value in locals().items() if name not in ("model", "output", "resume", "verbose")}
+    options = {name: value for name, value in locals().items() if name not in NO_RECIPE}
     options["ignore"] = ignore or ()
     Recipe.of(**options)  # a wrong option is told before torch is imported
+    _check_push(push_to_hub, private)
     from mbq.pipeline import quantize
 
     console = _errors()
@@ -204,6 +230,7 @@ def quantize_command(
         )
     if ranks.rank() == 0:
         typer.echo(str(result))
+        _push(output, push_to_hub, private)
 
 
 @command
@@ -242,14 +269,16 @@ def export_command(
     activations: Activations = DEFAULT.activations,
     offload_folder: OffloadFolder = None,
     resume: Resume = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     trust_remote_code: Trust = False,
     verbose: Verbose = 0,
 ) -> None:
     """Equalize a vision-language model as mbq quantize does, and write it without quantizing it."""
-    others = ("model", "output", "format", "resume", "verbose")
-    options = {name: value for name, value in locals().items() if name not in (*others, "others")}
+    options = {name: value for name, value in locals().items() if name not in (*NO_RECIPE, "format")}
     options["ignore"] = ignore or ()
     Recipe.of(**options)
+    _check_push(push_to_hub, private)
     from mbq.exporting import export
 
     console = _errors()
@@ -265,6 +294,7 @@ def export_command(
         )
     if ranks.rank() == 0:
         typer.echo(str(result))
+        _push(output, push_to_hub, private)
 
 
 @command
@@ -371,13 +401,23 @@ def sensitivity_command(
 def evaluate_command(
     folder: FolderArgument,
     baseline: Annotated[str | None, typer.Option(help="A model to compare with, question by question.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Tasks to ask; all of them. Repeatable, or a,b,c.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks to ask, lmms-eval's too; all built-in ones. Repeatable, or a,b,c.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="Questions with answers; the built-in test set.", metavar="PATH")
     ] = None,
     images: Images = None,
     limit: Annotated[int | None, typer.Option(help="Questions a task.")] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="A folder with lmms-eval tasks of your own.", metavar="DIR")
+    ] = None,
+    perplexity: Annotated[
+        str | None,
+        typer.Option(help="Rows to measure perplexity and KL divergence from the baseline on.", metavar="PATH"),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions that go through the model at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Where lmms-eval's tasks draw or sample; all else is greedy.")] = 0,
     output: Annotated[str | None, typer.Option(help="Also write a folder a model here: a run.", metavar="DIR")] = None,
     answers: Annotated[int, typer.Option(help="Wrong answers a task that a run shows.", min=0)] = 20,
     max_new_tokens: Annotated[int, typer.Option(help="The longest answer that is shown, in tokens.", min=1)] = 128,
@@ -398,7 +438,10 @@ def evaluate_command(
             data=data,
             images=images,
             limit=limit,
+            include_path=include_path,
+            perplexity=perplexity,
             batch_size=batch_size,
+            seed=seed,
             output=output,
             answers=answers,
             max_new_tokens=max_new_tokens,
@@ -407,6 +450,50 @@ def evaluate_command(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
         )
+
+
+@command
+def compare_command(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of mbq evaluate --output; all against the first.")
+    ],
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Exit with 1 if a kind of tasks (image, text, lmms-eval) fell by more points.", min=0),
+    ] = None,
+    sure: Annotated[
+        bool, typer.Option("--sure", help="--max-drop holds only if the 95 % interval keeps within it.")
+    ] = False,
+    show: Annotated[int, typer.Option(help="Print so many of the questions that flipped.", min=0)] = 0,
+    json: Annotated[Path | None, typer.Option(help="Also write the comparison here.", metavar="FILE")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Compare runs on the same questions: differences with intervals, what flipped, and whether that is chance."""
+    from mbq.evaluation.command import other_tables
+    from mbq.evaluation.compare import compare, exceeded, flips, names_of
+    from mbq.evaluation.compare_table import comparison_table, drop_line, flip_lines
+    from mbq.evaluation.runs import Run
+    from mbq.output import write_json
+
+    loaded = [Run.load(folder) for folder in runs]
+    comparisons = compare(loaded)
+    console, failures = Console(), []
+    for comparison, run in zip(comparisons, loaded[1:], strict=True):
+        console.print(comparison_table(comparison))
+        for line in flip_lines(flips(loaded[0], run, show)):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if max_drop is not None:
+            over = exceeded(comparison, max_drop, sure)
+            failures += [drop_line(comparison, line, max_drop, sure) for line in over]
+    for table in other_tables(names_of(loaded), [run.info for run in loaded]):
+        console.print(table)
+    if json is not None:
+        named = [{"folder": str(run.folder), "model": run.name, "created": run.info.get("created")} for run in loaded]
+        found = [comparison.to_json() for comparison in comparisons]
+        write_json(json, {"runs": named, "comparisons": found, "failures": failures})
+    if failures:
+        typer.echo("\n".join(failures), err=True)
+        raise typer.Exit(1)
 
 
 @command
@@ -482,6 +569,30 @@ def doctor_command(verbose: Verbose = 0) -> None:
     from mbq.doctor import doctor
 
     doctor(Console())
+
+
+@command
+def card_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
+    results: Annotated[Path, typer.Option(help="The run of this model (mbq evaluate --output).", metavar="RUN")],
+    baseline: Annotated[Path | None, typer.Option(help="A run to compare with.", metavar="RUN")] = None,
+    verbose: Verbose = 0,
+) -> None:
+    """Write what mbq evaluate found into the folder's model card."""
+    from mbq.card_results import write_results
+
+    typer.echo(f"Wrote {write_results(folder, results, baseline)}")
+
+
+@command
+def push_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that mbq quantize or mbq export wrote.")],
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME[@BRANCH]", help="A repository on the hub.")],
+    private: Private = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Upload a folder to the Hugging Face hub, its model's files and no others."""
+    _push(folder, repository, private)
 
 
 @command

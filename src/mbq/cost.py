@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from mbq.architecture import Binding, LinearGroup
+from mbq.architecture import Binding, BlockKind, LinearGroup
 from mbq.equalization import rounds
 from mbq.group import _TOKENS_AT_ONCE, token_wise
 from mbq.methods import METHODS
@@ -78,10 +79,11 @@ class Shapes:
 
     itemsize   bytes of a number
     blocks     how many
-    groups     of the architecture
+    groups     of a block
     sizes      [out, in] of each linear of a block, by its path
+    experts    path of a block's experts, None without a mixture; share: the part of them that a token goes to
     hidden     channels of the hidden states
-    intermediate  channels of the MLP
+    intermediate  channels of the MLP, of a mixture's experts that one token goes to together
     attention  channels that o_proj reads: heads times their width
     head_dim   of one head
     head       [out, in] of the linear that makes logits: none has more outputs
@@ -89,25 +91,39 @@ class Shapes:
     """
 
     def __init__(self, binding: Binding) -> None:
-        architecture = binding.architecture
-        usual, first = architecture.kinds[0], binding.kinds.index(architecture.kinds[0])
+        usual, first = _usual(binding)
         weights = {path: binding.module(first, path).get_parameter("weight") for path in usual.linears()}
         self.sizes = {path: (weight.shape[0], weight.shape[1]) for path, weight in weights.items()}
-        self.itemsize = weights[architecture.attn_output].itemsize
-        self.blocks, self.groups = len(binding.blocks), architecture.groups
-        self.hidden, self.attention = self.sizes[architecture.attn_output]
-        self.intermediate = self.sizes[architecture.mlp_output][1]
-        holder: Any = binding.module(first, architecture.attn_output.rpartition(".")[0])
+        self.itemsize = weights[usual.attn_output].itemsize
+        self.blocks, self.groups = len(binding.blocks), usual.groups
+        self.hidden, self.attention = self.sizes[usual.attn_output]
+        holder: Any = binding.module(first, usual.attn_output.rpartition(".")[0])
         self.head_dim = int(getattr(holder, "head_dim", self.attention))
-        kept = [binding.model.get_submodule(name).get_parameter("weight").shape for name in binding.kept]
-        self.head = max(((shape[0], shape[1]) for shape in kept), key=lambda shape: shape[0])
         config: Any = getattr(holder, "config", binding.model.config)
         self.eager = getattr(config, "_attn_implementation", "eager") == "eager"
+        down = [group for group in usual.groups if group.routed is not None]
+        chosen = min(config.num_experts_per_tok, len(down)) if down else 1
+        self.experts = down[0].routed[0] if down and down[0].routed else None
+        self.share = chosen / len(down) if down else 1.0
+        self.intermediate = chosen * self.sizes[down[0].linears[0] if down else usual.mlp_output][1]
+        kept = [binding.model.get_submodule(name).get_parameter("weight").shape for name in binding.kept]
+        self.head = max(((shape[0], shape[1]) for shape in kept), key=lambda shape: shape[0])
 
     def inside(self, module: str) -> int:
         """Weights of the linears in a module of a block, "" for all of them; one linear is a module too."""
-        paths = [path for path in self.sizes if not module or f"{path}.".startswith(f"{module}.")]
-        return sum(self.sizes[path][0] * self.sizes[path][1] for path in paths)
+        return sum(out * width for _, out, width in self._inside(module))
+
+    def used(self, module: str) -> float:
+        """Those that a token is multiplied by: of a mixture, its share."""
+        return sum(
+            out * width * (self.share if self.experts and path.startswith(f"{self.experts}.") else 1)
+            for path, out, width in self._inside(module)
+        )
+
+    def _inside(self, module: str) -> Iterator[tuple[str, int, int]]:
+        for path, (out, width) in self.sizes.items():
+            if not module or f"{path}.".startswith(f"{module}."):
+                yield path, out, width
 
     def searched(self, recipe: Recipe) -> list[LinearGroup]:
         """Without o_proj where v_proj has fewer rows and nothing asks for the fold."""
@@ -116,6 +132,17 @@ class Shapes:
             for group in self.groups
             if recipe.gqa_fold or group.name != "o" or self.sizes[group.prev][0] == self.sizes[group.linears[0]][1]
         ]
+
+    def share_of(self, group: LinearGroup) -> float:
+        """The part of the tokens that the group sees: of an expert's, what is sent there on average."""
+        return 1.0 if group.routed is None else self.share
+
+
+def _usual(binding: Binding) -> tuple[BlockKind, int]:
+    """The kind of most of the blocks that have an attention, and the number of the first such block."""
+    attends = [kind for kind in binding.kinds if kind.attn_output == binding.architecture.attn_output]
+    usual = Counter(attends).most_common(1)[0][0]
+    return usual, binding.kinds.index(usual)
 
 
 def token_count(lengths: Lengths) -> int:
@@ -126,9 +153,9 @@ def longest_batch(lengths: Lengths) -> int:
     return max((samples * tokens for samples, tokens in lengths), default=0)
 
 
-def compared(lengths: Lengths, recipe: Recipe) -> list[tuple[int, int]]:
-    """Candidates and tokens of each round of a search, as if every token weighed something."""
-    return rounds(None if recipe.parity else recipe.search_tokens or None, token_count(lengths))
+def compared(lengths: Lengths, recipe: Recipe, share: float = 1.0) -> list[tuple[int, int]]:
+    """Candidates and tokens of each round of a search, as if every token weighed something; of a ``share`` of them."""
+    return rounds(None if recipe.parity else recipe.search_tokens or None, math.ceil(share * token_count(lengths)))
 
 
 def evaluated_tokens(lengths: Lengths, recipe: Recipe) -> int:
@@ -156,15 +183,18 @@ def trace_bytes(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
     tokens, calls = token_count(lengths), call_bytes(shapes, lengths)
     numbers, kept_calls = 3 * tokens * shapes.hidden, calls
     for group in shapes.searched(recipe) if tokens and METHODS[recipe.method].token_weights is not None else ():
-        kept = kept_tokens(lengths, recipe, token_wise(group))
+        kept = kept_tokens(lengths, recipe, token_wise(group), shapes.share_of(group))
         numbers += kept * (shapes.sizes[group.linears[0]][1] + shapes.hidden)
         kept_calls += 0 if token_wise(group) else calls * kept // tokens
     return numbers * shapes.itemsize + kept_calls
 
 
-def kept_tokens(lengths: Lengths, recipe: Recipe, alone: bool) -> int:
-    """Of all comparisons of a group together. Where tokens are not treated ``alone``, those of whole batches."""
-    tokens, each = token_count(lengths), [count for _, count in compared(lengths, recipe)]
+def kept_tokens(lengths: Lengths, recipe: Recipe, alone: bool, share: float = 1.0) -> int:
+    """Of all comparisons of a group together. Where tokens are not treated ``alone``, those of whole batches.
+
+    Experts that get unequal shares keep no more, together, than experts that get the same.
+    """
+    tokens, each = math.ceil(share * token_count(lengths)), [count for _, count in compared(lengths, recipe, share)]
     if not alone:
         each = [math.ceil(count / tokens * len(lengths)) * longest_batch(lengths) for count in each]
     return min(tokens, sum(each))
@@ -213,19 +243,26 @@ def sensitivity_operations(shapes: Shapes, lengths: Lengths) -> int:
     A linear costs the same backward as forward, as no weight has a gradient; the attention's two products cost twice.
     """
     tokens = token_count(lengths)
-    block = 3 * 2 * shapes.inside("") * tokens + 4 * attention_operations(shapes, lengths)
+    block = int(3 * 2 * shapes.used("") * tokens) + 4 * attention_operations(shapes, lengths)
     return shapes.blocks * block + 2 * 2 * shapes.head[0] * shapes.head[1] * tokens
 
 
 def search_operations(shapes: Shapes, lengths: Lengths, recipe: Recipe) -> int:
-    """Every block forward, and the inspected module of each group for every candidate (SmoothQuant has none)."""
+    """Every block forward, and the inspected module of each group for every candidate (SmoothQuant has none).
+
+    Blocks with a mixture run up to its experts once more.
+    """
     tokens, attention = token_count(lengths), attention_operations(shapes, lengths)
-    evaluated = sum(number * count for number, count in compared(lengths, recipe))
-    block = 2 * shapes.inside("") * tokens + attention
+    block = 2 * shapes.used("") * tokens + attention
+    if shapes.experts:
+        block += 2 * (shapes.used("") - shapes.used(shapes.experts)) * tokens + attention
     for group in shapes.searched(recipe) if recipe.method != "smoothquant" and tokens else ():
+        rounded = compared(lengths, recipe, shapes.share_of(group))
+        evaluated = sum(number * count for number, count in rounded)
         mixes = group.part == "attn" and group.inspect not in shapes.sizes
-        block += 2 * shapes.inside(group.inspect) * evaluated + (attention * evaluated // tokens if mixes else 0)
-    return shapes.blocks * block
+        weights = shapes.inside(group.inspect) if group.routed else shapes.used(group.inspect)
+        block += 2 * weights * evaluated + (attention * evaluated // tokens if mixes else 0)
+    return shapes.blocks * int(block)
 
 
 def speed(device: torch.device, dtype: torch.dtype) -> float:

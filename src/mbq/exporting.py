@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
 from mbq import ranks
@@ -17,9 +16,11 @@ from mbq.checkpoint.folder import new_folder
 from mbq.checkpoint.gguf_file import check_tokenizer, gguf_package, language_model, write_importance, write_model
 from mbq.cost import weight_bytes
 from mbq.errors import MBQError
+from mbq.experts import joined
+from mbq.front_matter import base_name, front_matter, inherited_fields, on_the_hub
 from mbq.methods import METHODS
-from mbq.model_card import METHOD_NAMES, base_link, numbers_text, on_the_hub
-from mbq.output import Measured, Product, base_name, ignored, write_processor, write_records
+from mbq.model_card import METHOD_NAMES, base_link, citation, numbers_text, unmeasured
+from mbq.output import Measured, Product, ignored, write_licenses, write_processor, write_records
 from mbq.pipeline import make
 from mbq.placement import Plan
 from mbq.progress import Progress, silent
@@ -114,10 +115,11 @@ def write_equalized(output: Path, binding: Binding, processor: Any, recipe: Reci
     """Write an ordinary float folder, whole or not at all; arguments and errors as ``write_folder`` has them."""
     model: Any = binding.model
     with new_folder(output, needs=found.bytes_after) as folder:
-        model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=recipe.max_shard_size)
+        with joined(model):
+            model.save_pretrained(folder, state_dict=named_for_engines(model), max_shard_size=recipe.max_shard_size)
         write_processor(folder, processor, recipe, name)
         text = write_records(folder, recipe, base_name(name), found)
-        card = equalized_card(recipe, text, base_model=base_name(name), folder_name=output.name, binding=binding)
+        card = equalized_card(recipe, text, name, folder_name=output.name, binding=binding)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output
 
@@ -131,7 +133,8 @@ def write_gguf(output: Path, binding: Binding, processor: Any, recipe: Recipe, n
         data = Path(recipe.data).name if recipe.data else "calibration rows"
         write_importance(folder / "imatrix.gguf", model, found.importance, data)
         text = write_records(folder, recipe, base, found)
-        (folder / "README.md").write_text(gguf_card(recipe, text, base, binding), encoding="utf-8")
+        write_licenses(folder, name)
+        (folder / "README.md").write_text(gguf_card(recipe, text, name, binding), encoding="utf-8")
     return output
 
 
@@ -178,6 +181,8 @@ or `mbq.load("{folder}"{trust_argument})` and `mbq.load_processor("{folder}"{tru
 
 Nothing was equalized for these, so leave them in 16 bits: {kept}.
 
+{results}
+
 ## How it was made
 
 By `mbq export --format equalized`. Every option, the seed, the versions of the packages and a hash of the calibration
@@ -185,19 +190,19 @@ data are in `recipe.yaml`, the alpha of every group and its loss at every alpha 
 
 ```yaml
 {recipe}```
-"""
+
+{citation}"""
 
 
-def equalized_card(recipe: Recipe, recipe_yaml: str, *, base_model: str, folder_name: str, binding: Binding) -> str:
-    """README.md of an equalized folder, with the hub's front matter."""
-    front_matter = {
-        "base_model": on_the_hub(base_model)[0],
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["mbq", "equalized"],
-    }
+def equalized_card(recipe: Recipe, recipe_yaml: str, name: str, *, folder_name: str, binding: Binding) -> str:
+    """README.md of an equalized folder, with the hub's front matter; ``name`` is the float model's folder or hub id."""
+    base_model = base_name(name)
     return _CARD.format(
-        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        front_matter=front_matter(
+            base_model, inherited_fields(name), library="transformers", tags=["mbq", "equalized"]
+        ),
+        results=unmeasured(folder_name, base_model),
+        citation=citation(recipe, base_model),
         name=on_the_hub(base_model)[0].split("/")[-1],
         base=base_link(base_model),
         base_name=base_model,
@@ -238,19 +243,22 @@ are in `recipe.yaml`, the alpha of every group and its loss at every alpha in `s
 
 ```yaml
 {recipe}```
-"""
+
+{citation}"""
 
 
-def gguf_card(recipe: Recipe, recipe_yaml: str, base_model: str, binding: Binding) -> str:
-    """README.md of a folder for llama.cpp, with the hub's front matter."""
-    front_matter = {
-        "base_model": on_the_hub(base_model)[0],
-        "library_name": "gguf",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["mbq", "equalized", "imatrix"],
-    }
+def gguf_card(recipe: Recipe, recipe_yaml: str, name: str, binding: Binding) -> str:
+    """README.md of a folder for llama.cpp, with the hub's front matter; ``name`` as for ``equalized_card``."""
+    base_model = base_name(name)
     return _GGUF_CARD.format(
-        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
+        front_matter=front_matter(
+            base_model,
+            inherited_fields(name),
+            library="gguf",
+            tags=["mbq", "equalized", "imatrix"],
+            relation="quantized",  # the Hub's word for every GGUF
+        ),
+        citation=citation(recipe, base_model),
         name=on_the_hub(base_model)[0].split("/")[-1],
         base=base_link(base_model),
         method=METHOD_NAMES.get(recipe.method, recipe.method),

@@ -82,6 +82,64 @@ DELTA_NET = BlockKind(
     mlp_output="mlp.down_proj",
 )
 
+# A mixture of experts in the place of the MLP. The router reads the same norm: it is folded, and stays in 16 bits.
+# "down" is a group an expert, which sees the tokens that are sent there.
+ROUTER_PATH = "mlp.gate"
+ROUTER = r"re:.*mlp\.gate$"
+_EXPERTS_GATE_UP = (ROUTER_PATH, "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+_EXPERTS_DOWN = LinearGroup(
+    "down", "mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",), "mlp.experts.*.down_proj", "mlp"
+)
+MIXTURE_GROUPS = (
+    *LLAMA_GROUPS[:2],
+    LinearGroup("gate_up", "post_attention_layernorm", _EXPERTS_GATE_UP, "mlp", "mlp"),
+    _EXPERTS_DOWN,
+)
+LLAMA_KIND = BlockKind(LLAMA_GROUPS, "self_attn.o_proj", "mlp.down_proj")
+
+# GLM-4.5V and Qwen3.5 have an expert beside them that every token goes to, Qwen3.5 with a gate of its own, a row.
+GLM_MIXTURE_GROUPS = (
+    *LLAMA_GROUPS[:2],
+    LinearGroup(
+        "gate_up",
+        "post_attention_layernorm",
+        (*_EXPERTS_GATE_UP, "mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj"),
+        "mlp",
+        "mlp",
+    ),
+    LinearGroup(
+        "shared_down",
+        "mlp.shared_experts.up_proj",
+        ("mlp.shared_experts.down_proj",),
+        "mlp.shared_experts.down_proj",
+        "mlp",
+    ),
+    _EXPERTS_DOWN,
+)
+_QWEN3_5_MIXTURE = (
+    LinearGroup(
+        "gate_up",
+        "post_attention_layernorm",
+        (
+            *_EXPERTS_GATE_UP,
+            "mlp.shared_expert_gate",
+            "mlp.shared_expert.gate_proj",
+            "mlp.shared_expert.up_proj",
+        ),
+        "mlp",
+        "mlp",
+    ),
+    LinearGroup(
+        "shared_down",
+        "mlp.shared_expert.up_proj",
+        ("mlp.shared_expert.down_proj",),
+        "mlp.shared_expert.down_proj",
+        "mlp",
+    ),
+    _EXPERTS_DOWN,
+)
+SHARED_GATE = r"re:.*mlp\.shared_expert_gate$"
+
 # OPT has no module around its MLP, and a ReLU, through which factors pass.
 OPT_GROUPS = (
     LinearGroup(
@@ -158,6 +216,14 @@ LLAVA_ONEVISION = Architecture(
 INTERNVL = replace(
     LLAVA_ONEVISION, model_class="InternVLForConditionalGeneration", models="InternVL3, InternVL3.5 (dense)"
 )
+INTERNVL_MOE = replace(
+    INTERNVL,
+    models="InternVL3.5 (mixtures of experts)",
+    groups=MIXTURE_GROUPS,
+    mlp_output="mlp",
+    kept=(*INTERNVL.kept, ROUTER),
+    others=(LLAMA_KIND,),
+)
 LLAVA = replace(LLAVA_ONEVISION, model_class="LlavaForConditionalGeneration", models="LLaVA-1.5, Pixtral")
 LLAVA_NEXT = replace(LLAVA_ONEVISION, model_class="LlavaNextForConditionalGeneration", models="LLaVA-NeXT (1.6)")
 MISTRAL3 = replace(LLAVA_ONEVISION, model_class="Mistral3ForConditionalGeneration", models="Mistral Small 3.1, 3.2")
@@ -189,6 +255,16 @@ QWEN2_5_VL = replace(QWEN2_VL, model_class="Qwen2_5_VLForConditionalGeneration",
 # Features of early vision blocks are added to the hidden states behind early decoder blocks, which blocks.py sees.
 QWEN3_VL = replace(QWEN2_VL, model_class="Qwen3VLForConditionalGeneration", models="Qwen3-VL (dense)", packs=False)
 
+QWEN3_VL_MOE = replace(
+    QWEN3_VL,
+    model_class="Qwen3VLMoeForConditionalGeneration",
+    models="Qwen3-VL (mixtures of experts)",
+    groups=MIXTURE_GROUPS,
+    mlp_output="mlp",
+    kept=(*QWEN3_VL.kept, ROUTER),
+    others=(LLAMA_KIND,),
+)
+
 QWEN3_5 = replace(
     QWEN2_VL,
     model_class="Qwen3_5ForConditionalGeneration",
@@ -198,11 +274,31 @@ QWEN3_5 = replace(
     others=(DELTA_NET,),
     packs=False,
 )
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    model_class="Qwen3_5MoeForConditionalGeneration",
+    models="Qwen3.5 (mixtures of experts)",
+    groups=(*LLAMA_GROUPS[:2], *_QWEN3_5_MIXTURE),
+    mlp_output="mlp",
+    kept=(*QWEN3_5.kept, ROUTER, SHARED_GATE),
+    others=(replace(DELTA_NET, groups=(*DELTA_NET.groups[:2], *_QWEN3_5_MIXTURE), mlp_output="mlp"),),
+)
 GLM4V = replace(
     QWEN2_VL,
     model_class="Glm4vForConditionalGeneration",
     models="GLM-4.1V",
     groups=GLM_GROUPS,
+)
+
+GLM4V_MOE = replace(
+    QWEN2_VL,
+    model_class="Glm4vMoeForConditionalGeneration",
+    models="GLM-4.5V",
+    groups=GLM_MIXTURE_GROUPS,
+    mlp_output="mlp",
+    kept=(*QWEN2_VL.kept, ROUTER),
+    others=(LLAMA_KIND,),
+    packs=False,
 )
 
 IDEFICS3 = Architecture(
@@ -278,15 +374,18 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "LlavaOnevisionForConditionalGeneration": (LLAVA_ONEVISION,),
     "LlavaForConditionalGeneration": (LLAVA,),
     "LlavaNextForConditionalGeneration": (LLAVA_NEXT,),
-    "InternVLForConditionalGeneration": (INTERNVL,),
+    "InternVLForConditionalGeneration": (INTERNVL, INTERNVL_MOE),
     "InternVLChatModel": (INTERNVL_CHAT_INTERNLM2, INTERNVL_CHAT_LLAMA),
     "Qwen2VLForConditionalGeneration": (QWEN2_VL,),
     "Qwen2_5_VLForConditionalGeneration": (QWEN2_5_VL,),
     "Qwen3VLForConditionalGeneration": (QWEN3_VL,),
+    "Qwen3VLMoeForConditionalGeneration": (QWEN3_VL_MOE,),
     "Qwen3_5ForConditionalGeneration": (QWEN3_5,),
+    "Qwen3_5MoeForConditionalGeneration": (QWEN3_5_MOE,),
     "Mistral3ForConditionalGeneration": (MISTRAL3,),
     "Gemma3ForConditionalGeneration": (GEMMA3,),
     "Glm4vForConditionalGeneration": (GLM4V,),
+    "Glm4vMoeForConditionalGeneration": (GLM4V_MOE,),
     "Idefics3ForConditionalGeneration": (IDEFICS3,),
     "SmolVLMForConditionalGeneration": (SMOLVLM,),
     "Lfm2VlForConditionalGeneration": (LFM2_VL,),
@@ -301,11 +400,7 @@ TRAINED = (
 )
 
 # Known, and not quantized yet: what they have that no group of linears describes.
-_EXPERTS = "the experts of a block in one tensor"
 REFUSED = {
-    "Qwen3VLMoeForConditionalGeneration": _EXPERTS,
-    "Glm4vMoeForConditionalGeneration": _EXPERTS,
-    "Llama4ForConditionalGeneration": _EXPERTS,
-    "Qwen3_5MoeForConditionalGeneration": _EXPERTS,
+    "Llama4ForConditionalGeneration": "experts whose inputs are scaled by the router, in one tensor a block",
     "MllamaForConditionalGeneration": "no vision tokens: blocks of another kind read pictures by cross-attention",
 }

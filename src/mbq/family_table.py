@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
-from mbq.architecture import Architecture
-from mbq.families import FAMILIES, REFUSED, TRAINED
+from mbq.architecture import EACH, Architecture
+from mbq.families import FAMILIES, REFUSED, ROUTER_PATH, TRAINED
 
 COLUMNS = ("models", "class", "kept in 16 bits", "linears, group by group", "tested on")
 
@@ -21,7 +21,7 @@ def family_rows() -> list[tuple[str, ...]]:
             name,
             ", ".join(_plain(pattern) for pattern in architecture.kept),
             _groups(architecture),
-            "a trained model, random ones" if name in TRAINED else "random models",
+            "a trained model, random ones" if name in TRAINED and architecture is architectures[0] else "random models",
         )
         for name, architectures in FAMILIES.items()
         for architecture in architectures
@@ -58,8 +58,15 @@ def _plain(pattern: str) -> str:
 
 
 def _groups(architecture: Architecture) -> str:
-    """'q k v, o' and so on: the linears of one group side by side, kinds of blocks apart."""
+    """'q k v, o' and so on: the linears of one group side by side, kinds of blocks apart; experts' with a star."""
     return "; ".join(
-        ", ".join(" ".join(path.rpartition(".")[2].removesuffix("_proj") for path in g.linears) for g in kind.groups)
+        ", ".join(" ".join(_linear(path) for path in group.linears) for group in kind.groups)
         for kind in architecture.kinds
     )
+
+
+def _linear(path: str) -> str:
+    name = path.rpartition(".")[2].removesuffix("_proj")
+    if path == ROUTER_PATH:
+        return "router"
+    return f"{name}*" if EACH in path else name

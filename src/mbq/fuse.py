@@ -21,6 +21,7 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from mbq.errors import MBQError
+from mbq.experts import Expert
 from mbq.families import FAMILIES, VISION_GROUPS
 from mbq.kernels import choose, humming, int8
 from mbq.kernels.attention import runs
@@ -42,6 +43,8 @@ GROUPS = tuple(
 )
 SHARED_INPUT = tuple(dict.fromkeys(group.linears for group in GROUPS))
 BEFORE = tuple(dict.fromkeys((group.prev, group.linears[0]) for group in GROUPS))  # where their input comes from
+
+EXPERT = (("gate_proj", "up_proj"),)  # of one expert of a mixture
 
 QUANTIZING = {"triton": int8, "humming": humming}  # that quantize a gate as it is computed
 
@@ -142,7 +145,7 @@ def fuse(model: nn.Module, kernel: str) -> None:
     """
     kept = Kept()
     for block in list(model.modules()):
-        for paths in SHARED_INPUT:
+        for paths in EXPERT if isinstance(block, Expert) else SHARED_INPUT:
             layers = [layer for path in paths if isinstance(layer := _find(block, path), QuantLinear)]
             if len(layers) == len(paths) and _fit(layers) and not _plain(layers, kernel):
                 fused = FusedLinear(concatenate(layers), [layer.out_features for layer in layers], kept)

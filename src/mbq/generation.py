@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticLayer
 
 from mbq.chat import render
 from mbq.errors import MBQError, MBQWarning
+from mbq.experts import has_experts
 from mbq.images import open_image
 
 
@@ -46,7 +47,9 @@ def generate(
         inputs = processor(text=[text], images=pictures or None, return_tensors="pt").to(model.device, model.dtype)
     except ValueError as error:
         raise MBQError(f"The model's processor refuses the question ({error}); mend --prompt or --image.") from error
-    static = model.device.type == "cuda" and getattr(model, "_can_compile_fullgraph", False)
+    # Which experts run is decided on the CPU, step by step.
+    fixed = getattr(model, "_can_compile_fullgraph", False) and not has_experts(model)
+    static = model.device.type == "cuda" and fixed
     if compiled and not static:
         raise MBQError("--compile needs a GPU, and a model that transformers can compile; leave it out.")
     options: dict[str, Any] = {"cache_implementation": "static"} if static else {}

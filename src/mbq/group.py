@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ class Group:
     comparisons  how many candidates are compared under which weights [token] of the whole calibration set's tokens
     seen         what goes in
     targets      the inspected module's output in the float model
+    roles        of the tokens; an expert counts those that are sent to it alone
+    tokens       how many these are, None where all tokens go everywhere
     """
 
     name: str
@@ -67,15 +70,20 @@ class Group:
     targets: GroupTrace
     roles: TokenRoles
     scheme: Scheme
+    tokens: int | None = None
 
     def mean_abs(self) -> torch.Tensor:
         """Mean of |X| over the counted tokens, [channel]; the same for channels that come from one row."""
-        total = ranks.total(torch.stack(self.seen.sums).double().sum(0))
+        total = ranks.total(self._seen(self.seen.sums).double().sum(0))
         return shared_mean(total / int(self.roles.counted.sum()), self.sources).float()
 
     def max_abs(self) -> torch.Tensor:
         """Maximum of |X| over the counted tokens, [channel]."""
-        return ranks.largest(torch.stack(self.seen.maxima).amax(0))
+        return ranks.largest(self._seen(self.seen.maxima).amax(0))
+
+    def _seen(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[batch, channel]; zeros where no batch of this process has a token of the group's expert."""
+        return torch.stack(list(batches) or [torch.zeros(len(self.sources), device=device_of(self.module))])
 
     def search(self, norm: str) -> Choice:
         """The candidate that wins the ``comparisons``, errors taken by ``norm``."""
@@ -100,8 +108,11 @@ class Group:
         total = torch.zeros(len(vectors), dtype=torch.float64, device=vectors.device)
         for some in _alike(pieces, len(vectors)):
             calls = [piece.call.to(vectors.device) for piece in some]
-            read = [self._equalized(piece.x.to(vectors.device), vectors) for piece in some]
-            outputs = _outputs(self.module, calls, weights, read)
+            if self.group.mixture:
+                outputs = self._mixture_output(calls[0], weights, vectors)
+            else:
+                read = [self._equalized(piece.x.to(vectors.device), vectors) for piece in some]
+                outputs = _outputs(self.module, calls, weights, read)
             for piece, output in zip(some, outputs.unbind(1), strict=True):
                 output = output.flatten(1, -2)
                 kept = output if piece.tokens is None else output[:, piece.tokens]
@@ -112,8 +123,18 @@ class Group:
         """Q_a(E^-1 X) of every candidate, [candidate, ..., channel]; None where activations stay in 16 bits."""
         if self.scheme.activations is None:
             return None
-        divided = [(x.float() / vector).to(x.dtype) for vector in vectors]
-        return torch.stack([fake_quantize_activations(each, self.scheme.activations) for each in divided])
+        return torch.stack([self._read(x, vector) for vector in vectors])
+
+    def _read(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """Q_a(E^-1 X)."""
+        assert self.scheme.activations is not None
+        return fake_quantize_activations((x.float() / vector).to(x.dtype), self.scheme.activations)
+
+    def _mixture_output(self, call: Call, weights: Mapping[str, torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+        """[1, 1, ...]: of one candidate, whose linears each read the tokens that the router sends to their expert."""
+        read = None if self.scheme.activations is None else partial(self._read, vector=vectors[0])
+        call = Call(tuple(each[None] for each in call.args), {})  # transformers' mixtures want samples and tokens
+        return run_with(self.module, call, {name: weight[0] for name, weight in weights.items()}, read)[None]
 
     def _pieces(self, token_weights: torch.Tensor) -> list[_Piece]:
         """The work of one comparison. A token that weighs nothing is left out where no other token can see it."""
@@ -153,12 +174,13 @@ def comparisons(
     return [(number, _drawn(group, token_weights, roles, count)) for number, count in rounds(tokens, weighted)]
 
 
-def look(group: LinearGroup, compared: Comparisons, roles: TokenRoles) -> Look:
-    """What a trace must keep for these."""
+def look(group: LinearGroup, compared: Comparisons, roles: TokenRoles, routed: torch.Tensor | None = None) -> Look:
+    """What a trace must keep for these; ``routed``, bool [token], are the tokens that the group's expert gets."""
     needed = torch.zeros_like(roles.counted)
     for _, weights in compared:
         needed |= weights > 0
-    return Look(roles.counted[roles.own].cpu(), needed[roles.own].cpu(), token_wise(group))
+    own = None if routed is None else routed[roles.own].cpu()
+    return Look(roles.counted[roles.own].cpu(), needed[roles.own].cpu(), token_wise(group), own)
 
 
 def _drawn(group: LinearGroup, token_weights: torch.Tensor, roles: TokenRoles, count: int) -> torch.Tensor:

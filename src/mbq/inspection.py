@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mbq.architecture import bind
 from mbq.checkpoint.compressed_tensors import checkpoint_bytes, quantization_config
 from mbq.cost import Cost, cost_of, speed
 from mbq.errors import MBQError
+from mbq.experts import merged_bytes
 from mbq.loading import auto_class, read_config, torch_device, torch_dtype, without_weights
 from mbq.output import ignored
 from mbq.pipeline import target_schemes
@@ -54,7 +55,7 @@ def inspect(model: str | Path, **options: Any) -> Inspection:
         quantized=Counter((scheme.name, shapes[name]) for name, scheme in targets.items()),
         kept=Counter(shapes[name] for name in linears if name not in targets),
         cost=cost,
-        plan=_plan_here(cost, recipe, next(binding.blocks.parameters()).dtype),
+        plan=_plan_here(cost, recipe, next(binding.blocks.parameters()).dtype, merged_bytes(binding.model)),
     )
 
 
@@ -63,9 +64,11 @@ def _full_lengths(recipe: Recipe) -> list[tuple[int, int]]:
     return [(min(each, samples - first), recipe.max_seq_length) for first in range(0, samples, each)]
 
 
-def _plan_here(cost: Cost, recipe: Recipe, dtype: torch.dtype) -> Plan | str:
+def _plan_here(cost: Cost, recipe: Recipe, dtype: torch.dtype, loaded: int) -> Plan | str:
+    """``loaded`` are bytes that the model takes of the CPU's memory, where other weights are mapped files."""
     device = torch_device(recipe.device)
     free = room(device, storing_folder(recipe.offload_folder, Path.cwd() / "output"))
+    free = replace(free, cpu=max(0, free.cpu - loaded))
     try:
         return make_plan(
             cost,

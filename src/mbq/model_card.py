@@ -1,18 +1,43 @@
-"""README.md of a quantized folder: what it is, how it was made, which calls load it."""
+"""README.md of a quantized folder: what it is, which calls load it, how it was made, what to cite."""
 
 from __future__ import annotations
 
-import yaml
+from pathlib import Path
+from typing import Any
 
+from mbq.front_matter import front_matter, on_the_hub
 from mbq.recipe import Recipe
 
+RESULTS = "## Results"  # the section that ``card_results`` fills
 METHOD_NAMES = {
     "rtn": "rounding to nearest (RTN)",
     "awq": "AWQ's channel-wise equalization",
     "smoothquant": "SmoothQuant",
     "fixed": "channel-wise equalization with a fixed factor for vision tokens",
-    "mbq": "MBQ, modality-balanced quantization (arXiv:2412.19509)",
+    "mbq": "MBQ, modality-balanced quantization ([arXiv:2412.19509](https://arxiv.org/abs/2412.19509))",
 }
+_MBQ = """@inproceedings{li2025mbq,
+  title = {{MBQ}: Modality-Balanced Quantization for Large Vision-Language Models},
+  author = {Li, Shiyao and Hu, Yingchun and Ning, Xuefei and Liu, Xihui and Hong, Ke and Jia, Xiaotao and Li, Xiuhong
+            and Yan, Yaqi and Ran, Pei and Dai, Guohao and Yan, Shengen and Yang, Huazhong and Wang, Yu},
+  booktitle = {Proceedings of the Computer Vision and Pattern Recognition Conference (CVPR)},
+  pages = {4167--4177},
+  year = {2025}
+}"""
+_AWQ = """@inproceedings{lin2024awq,
+  title = {{AWQ}: Activation-aware Weight Quantization for On-Device {LLM} Compression and Acceleration},
+  author = {Lin, Ji and Tang, Jiaming and Tang, Haotian and Yang, Shang and Chen, Wei-Ming and Wang, Wei-Chen and Xiao,
+            Guangxuan and Dang, Xingyu and Gan, Chuang and Han, Song},
+  booktitle = {Proceedings of Machine Learning and Systems (MLSys)},
+  year = {2024}
+}"""
+_SMOOTHQUANT = """@inproceedings{xiao2023smoothquant,
+  title = {{SmoothQuant}: Accurate and Efficient Post-Training Quantization for Large Language Models},
+  author = {Xiao, Guangxuan and Lin, Ji and Seznec, Mickael and Wu, Hao and Demouth, Julien and Han, Song},
+  booktitle = {Proceedings of the 40th International Conference on Machine Learning (ICML)},
+  year = {2023}
+}"""
+_PAPERS = {"mbq": [_MBQ], "fixed": [_MBQ], "awq": [_AWQ], "smoothquant": [_SMOOTHQUANT]}
 
 _CARD = """---
 {front_matter}---
@@ -38,7 +63,15 @@ or on the command line:
 
     mbq generate {folder} --image picture.png --prompt "What is shown?"{trust_option}
 
-{loading_note}
+### transformers
+
+{transformers}
+
+### vLLM
+
+{vllm}
+
+{results}
 
 ## How it was made
 
@@ -47,6 +80,16 @@ Every option, the seed, the versions of the packages and a hash of the calibrati
 
 ```yaml
 {recipe}```
+
+{citation}"""
+
+_PLAIN_CALL = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{folder}")
+processor = AutoProcessor.from_pretrained("{folder}")
+```
+
 """
 
 
@@ -55,28 +98,29 @@ def model_card(
     recipe_yaml: str,
     *,
     base_model: str,
+    inherited: dict[str, Any],
     folder_name: str,
-    loading_note: str,
+    transformers: str,
+    vllm: str,
     kept: tuple[str, ...],
     files: tuple[str, ...],
     megabytes: tuple[float, float],
 ) -> str:
     """The card as Markdown with the hub's front matter.
 
-    ``kept`` are the patterns of what stays in 16 bits, ``files`` the names of the files beside the card, ``megabytes``
-    the sizes of the weights before and after.
+    ``inherited`` are the front matter's fields of the float model's card, ``transformers`` and ``vllm`` what the
+    sections on these engines say, ``kept`` the patterns of what stays in 16 bits, ``files`` the names of the files
+    beside the card, ``megabytes`` the sizes of the weights before and after.
     """
-    repository, _ = on_the_hub(base_model)
-    front_matter = {
-        "base_model": repository,
-        "base_model_relation": "quantized",
-        "library_name": "transformers",
-        "pipeline_tag": "image-text-to-text",
-        "tags": ["compressed-tensors", "mbq", recipe.numbers.name.lower()],
-    }
     return _CARD.format(
-        front_matter=yaml.safe_dump(front_matter, sort_keys=False),
-        name=repository.split("/")[-1],
+        front_matter=front_matter(
+            base_model,
+            inherited,
+            library="transformers",
+            tags=["compressed-tensors", "mbq", recipe.numbers.name.lower()],
+            relation="quantized",
+        ),
+        name=on_the_hub(base_model)[0].split("/")[-1],
         base=base_link(base_model),
         scheme=recipe.numbers.name,
         method=METHOD_NAMES.get(recipe.method, recipe.method),
@@ -88,11 +132,29 @@ def model_card(
         kept="In 16 bits: " + ", ".join(f"`{pattern}`" for pattern in kept) + "." if kept else "",
         folder=folder_name,
         trust_argument=", trust_remote_code=True" if recipe.trust_remote_code else "",
-        trust_option=" --trust-remote-code" if recipe.trust_remote_code else "",
-        loading_note=loading_note.strip(),
+        trust_option=_trust_option(recipe),
+        transformers=transformers.strip(),
+        vllm=vllm.strip("\n"),
+        results=unmeasured(folder_name, base_model),
         files="".join(f"{text}\n" for name, text in _FILES.items() if name in files).strip(),
         recipe=recipe_yaml,
+        citation=citation(recipe, base_model),
     )
+
+
+def with_plain_call(recipe: Recipe, folder_name: str, note: str) -> str:
+    """transformers' call, unless the model brings its own code, and ``note`` on it."""
+    # Which class a model's own code has for it is the code's affair.
+    return note if recipe.trust_remote_code else _PLAIN_CALL.format(folder=folder_name) + note
+
+
+def with_serve_command(recipe: Recipe, folder_name: str, note: str) -> str:
+    """vLLM's command, and ``note`` on it."""
+    return f"    vllm serve {folder_name}{_trust_option(recipe)}\n\n{note}"
+
+
+def _trust_option(recipe: Recipe) -> str:
+    return " --trust-remote-code" if recipe.trust_remote_code else ""
 
 
 _FILES = {
@@ -107,12 +169,28 @@ def base_link(base_model: str) -> str:
     return f"[{base_model}]({address})" if address else base_model
 
 
-def on_the_hub(base_model: str) -> tuple[str, str | None]:
-    """The repository of "owner/model" or "owner/model@revision", and its address; a folder's name has none."""
-    if "/" not in base_model:
-        return base_model, None
-    repository, _, revision = base_model.partition("@")
-    return repository, f"https://huggingface.co/{repository}" + (f"/tree/{revision}" if revision else "")
+def unmeasured(folder_name: str, base_model: str) -> str:
+    """The section of a model that nobody has evaluated, with the commands that evaluate it and fill the section."""
+    run, baseline = (f"runs/{Path(name).name}" for name in (folder_name, base_model.partition("@")[0]))
+    return f"""{RESULTS}
+
+Not measured yet. The first command asks this model and the one that it was made from the same questions (`--tasks` or
+`--data` says which), the second writes here what it found:
+
+    mbq evaluate {folder_name} --baseline {base_model} --output runs
+    mbq card {folder_name} --results {run} --baseline {baseline}"""
+
+
+def citation(recipe: Recipe, base_model: str) -> str:
+    """The section that says what to cite: the float model, and the papers of what was done to it."""
+    papers = list(_PAPERS.get(recipe.method, []))
+    if recipe.vision_tower and _SMOOTHQUANT not in papers:
+        papers.append(_SMOOTHQUANT)
+    model = f"{base_link(base_model)}, as its own card asks"
+    if not papers:
+        return f"## Citation\n\nCite {model}.\n"
+    entries = "\n\n".join(papers)
+    return f"## Citation\n\nCite {model}, and how it was quantized:\n\n```bibtex\n{entries}\n```\n"
 
 
 def numbers_text(recipe: Recipe) -> str:

@@ -42,6 +42,10 @@ SearchTokens = Annotated[
 VisionTower = Annotated[str | None, typer.Option(help="Quantize the vision tower too: W8A8 or W4A8.")]
 ShardSize = Annotated[str, typer.Option(help="Largest safetensors file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run of the same command.")]
+PushToHub = Annotated[
+    str | None, typer.Option(help="Then upload the folder to the Hugging Face hub.", metavar="OWNER/NAME[@BRANCH]")
+]
+Private = Annotated[bool, typer.Option("--private", help="Make the hub's repository, if it is new, a private one.")]
 Device = Annotated[str, typer.Option(help="auto (the GPU if there is one), cpu, cuda, cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")]
 Offload = Annotated[str, typer.Option(help="blocks keeps all blocks but one in CPU memory; none; auto.")]

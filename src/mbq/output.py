@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from mbq.checkpoint.compressed_tensors import (
     serving_note,
 )
 from mbq.checkpoint.folder import new_folder
-from mbq.errors import MBQError
+from mbq.checkpoint.single_experts import transformers_note, vllm_note
+from mbq.experts import has_experts
+from mbq.front_matter import base_name, files_of, inherited_fields, license_files
 from mbq.importance import Importance
-from mbq.loading import model_folder
-from mbq.model_card import model_card
+from mbq.model_card import model_card, with_plain_call, with_serve_command
 from mbq.recipe import Recipe, recipe_yaml
 from mbq.scheme import SCHEMES, Scheme
 from mbq.search import GroupSearch
@@ -80,18 +80,32 @@ def write_folder(output: Path, binding: Binding, processor: Any, recipe: Recipe,
         save_model(model, folder, quantization_config(recipe.numbers, ignore, others), recipe.max_shard_size)
         write_processor(folder, processor, recipe, name)
         text = write_records(folder, recipe, base_model, found)
+        transformers, vllm = _engine_sections(model, recipe, others, output.name)
         card = model_card(
             recipe,
             text,
             base_model=base_model,
+            inherited=inherited_fields(name),
             folder_name=output.name,
-            loading_note=f"{loading_note(recipe.numbers, others)}\n\n{serving_note(recipe.numbers)}",
+            transformers=transformers,
+            vllm=vllm,
             kept=tuple(ignore),
             files=tuple(file.name for file in sorted(folder.glob("*.json"))),
             megabytes=(found.bytes_before / 1e6, sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
     return output
+
+
+def _engine_sections(model: Any, recipe: Recipe, others: Mapping[str, Scheme], folder_name: str) -> tuple[str, str]:
+    """Markdown for the card: what transformers alone and vLLM make of the folder."""
+    scheme = recipe.numbers
+    if has_experts(model):
+        return transformers_note(model.config.model_type, scheme), vllm_note(scheme)
+    return (
+        with_plain_call(recipe, folder_name, loading_note(scheme, others)),
+        with_serve_command(recipe, folder_name, serving_note(scheme)),
+    )
 
 
 def _quantized_bytes(binding: Binding, processor: Any, recipe: Recipe) -> int:
@@ -101,15 +115,25 @@ def _quantized_bytes(binding: Binding, processor: Any, recipe: Recipe) -> int:
 QUANTIZED = Product("quantized", packs=True, size=_quantized_bytes, write=write_folder)
 
 
-def base_name(name: str) -> str:
-    """How a card and a recipe call the float model: a folder by its last part, else the hub id."""
-    return Path(name).name if Path(name).is_dir() else name
-
-
 def write_processor(folder: Path, processor: Any, recipe: Recipe, name: str) -> None:
-    """Tokenizer, image processor and chat template, and the code that the float model's folder ``name`` brings."""
+    """Tokenizer, image processor, chat template, and what goes with every copy of the float model: code, licenses."""
     processor.save_pretrained(folder)
-    _copy_code(name, folder, recipe.trust_remote_code)
+    source = files_of(name)
+    if source is not None and (recipe.trust_remote_code or Path(name).is_dir()):
+        _copy(sorted(source.glob("*.py")), folder)
+    write_licenses(folder, name)
+
+
+def write_licenses(folder: Path, name: str) -> None:
+    """The texts of the float model's license."""
+    source = files_of(name)
+    _copy([] if source is None else license_files(source), folder)
+
+
+def _copy(files: Iterable[Path], folder: Path) -> None:
+    for file in files:
+        if not (folder / file.name).exists():  # what transformers wrote already stays
+            shutil.copy(file, folder / file.name)
 
 
 def write_records(folder: Path, recipe: Recipe, base_model: str, found: Measured) -> str:
@@ -128,17 +152,6 @@ def ignored(binding: Binding, recipe: Recipe) -> tuple[list[str], dict[str, Sche
     if recipe.vision_tower is None:
         return binding.ignore(recipe.ignore), {}
     return tower_ignore(binding, recipe.ignore), {tower_pattern(binding): SCHEMES[recipe.vision_tower]}
-
-
-def _copy_code(name: str, folder: Path, trusted: bool) -> None:
-    """Remote code travels with the model; what transformers copied already stays."""
-    source = Path(name)
-    if trusted and not source.is_dir():
-        with suppress(MBQError):  # a model that was given loaded has a name, and perhaps no files
-            source = model_folder(name, weights=False)
-    for file in sorted(source.glob("*.py")) if source.is_dir() else ():
-        if not (folder / file.name).exists():
-            shutil.copy(file, folder / file.name)
 
 
 def write_json(path: Path, content: Any) -> None:

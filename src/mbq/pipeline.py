@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import logging
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,8 @@ from mbq.checkpoint.compressed_tensors import float_activations
 from mbq.checkpoint.folder import check_new, check_space
 from mbq.checkpoint.state import RunState, files_hash, kept_by_rank_0, run_state
 from mbq.cost import cost_of, speed, weight_bytes
-from mbq.errors import MBQError
+from mbq.errors import MBQError, MBQWarning
+from mbq.experts import left_whole
 from mbq.finished import FinishedBlocks, linear_of
 from mbq.importance import importance
 from mbq.loading import check_finite, load_model, load_processor, model_folder, read_config, torch_device
@@ -34,7 +36,7 @@ from mbq.recipe import Recipe, package_versions
 from mbq.room import room, storing_folder
 from mbq.rows import Row, check_images, data_hash, read_rows
 from mbq.scheme import SCHEMES, Scheme
-from mbq.search import GroupSearch, equalize_model
+from mbq.search import GroupSearch, check_distorted, equalize_model, unreached
 from mbq.sensitivity import Sensitivity, measure
 from mbq.storage import give_back
 from mbq.vision_tower import smooth_vision_tower, tower_linears
@@ -58,6 +60,8 @@ class QuantizationResult:
     seconds      of each step, by its name
     bytes_before, bytes_after  of the model's parameters, float and quantized
 
+    ``unreached`` are the experts of mixtures that no calibration token reached, by their numbers, a block.
+
     Under torchrun every rank gets one, but only rank 0's has the model: it alone packs and writes.
     """
 
@@ -70,6 +74,10 @@ class QuantizationResult:
     seconds: dict[str, float]
     bytes_before: int
     bytes_after: int
+
+    @property
+    def unreached(self) -> dict[int, list[int]]:
+        return unreached(self.search)
 
     def __str__(self) -> str:
         made = f"{self.recipe.numbers.name} by {self.recipe.method} in {sum(self.seconds.values()):.1f} s"
@@ -139,6 +147,7 @@ def make(
         with _timed(seconds, "load"):
             own, processor, name = _float_model(model, processor, recipe)
             binding = bind(own)
+            check_distorted(binding, search_options(recipe))
             targets = target_schemes(binding, recipe)
             size = product.size(binding, processor, recipe)
             if output is not None and ranks.rank() == 0:  # before hours of work, not after
@@ -163,6 +172,8 @@ def make(
         finished = FinishedBlocks(binding, packed, chosen, state) if ranks.rank() == 0 else None
         with _timed(seconds, "search"):
             search = _equalize(binding, batches, inputs, chosen, targets, sensitivity, recipe, plan, progress, finished)
+        if ranks.rank() == 0:
+            _warn_unreached(search)
         after, folder = 0, None
         if finished is not None:
             with _timed(seconds, "quantize"):
@@ -228,13 +239,14 @@ def measure_sensitivity(
         raise MBQError("The gradients are those of answers about images; give rows with --data.")
     rows = _rows(recipe, rows)
     own, processor, _ = _float_model(model, processor, recipe, keep=True)
-    binding = bind(own)
-    batches = _batches(rows, processor, binding, recipe, progress)
-    plan = _plan(binding, batches, recipe, 0, isinstance(model, nn.Module), searches=False)
-    _announce(plan, announce)
-    if not isinstance(model, nn.Module):
-        place(binding, plan)
-    return _measured(binding, batches, None, recipe, plan, progress, None)
+    with left_whole(own) if isinstance(model, nn.Module) else nullcontext():
+        binding = bind(own)
+        batches = _batches(rows, processor, binding, recipe, progress)
+        plan = _plan(binding, batches, recipe, 0, isinstance(model, nn.Module), searches=False)
+        _announce(plan, announce)
+        if not isinstance(model, nn.Module):
+            place(binding, plan)
+        return _measured(binding, batches, None, recipe, plan, progress, None)
 
 
 def _method(name: str) -> Method:
@@ -316,6 +328,19 @@ def _plan(
     for line in str(plan).splitlines():
         log.info("%s", line)
     return plan
+
+
+def _warn_unreached(search: list[GroupSearch]) -> None:
+    """Say which experts were rounded to nearest because nothing is known of what they read."""
+    blocks = unreached(search)
+    if blocks:
+        named = "; ".join(f"block {block}: {', '.join(map(str, numbers))}" for block, numbers in blocks.items())
+        warnings.warn(
+            f"No calibration token reached {sum(map(len, blocks.values()))} experts ({named}), whose down_proj is "
+            "rounded to nearest; give more --num-calibration-samples for a search.",
+            MBQWarning,
+            stacklevel=2,
+        )
 
 
 def _announce(plan: Plan, announce: Callable[[Plan], None] | None) -> None:

@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from mbq import internvl_chat
 from mbq.checkpoint.compressed_tensors import replace_linears
 from mbq.checkpoint.safety import check_code, check_packed, check_size, stored_tensors
+from mbq.checkpoint.single_experts import unmerged
 from mbq.errors import MBQError
+from mbq.experts import split_experts
 from mbq.fuse import use_kernel
 from mbq.kernels import KERNELS
 from mbq.kernels.attention import use_attention
@@ -113,7 +115,7 @@ def _model_class(config: Any, folder: Path, trust_remote_code: bool) -> type[Pre
 
 
 def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, Any]) -> type[PreTrainedModel]:
-    """``model_class`` whose constructor ends by replacing linears, so that ``from_pretrained`` finds packed layers.
+    """``model_class`` whose constructor ends by splitting experts and replacing linears by empty packed layers.
 
     transformers' own loading (renamed keys, shards, tied weights, dtype) then does the rest. Name and module are the
     original's: transformers looks up its key renaming by them.
@@ -121,6 +123,7 @@ def _packed_class(model_class: type[PreTrainedModel], quantized: Mapping[str, An
 
     def __init__(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         model_class.__init__(self, *args, **kwargs)
+        split_experts(self)
         for name in replace_linears(self, quantized):
             # SigLIP initializes its linears' weights through the module around them, and packed layers have none.
             self.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
@@ -143,15 +146,16 @@ def _from_pretrained(
 ) -> PreTrainedModel:
     """The filled model, or MBQError where a tensor is missing, left over or of the wrong shape."""
     try:
-        loaded: Any = model_class.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with unmerged():
+            loaded: Any = model_class.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise MBQError(
             f"The weights in {folder} cannot be loaded ({_first_line(error)}); copy the folder anew."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,13 @@ from mbq import ranks
 from mbq.architecture import Binding, LinearGroup
 from mbq.blocks import Call, Inputs, capture, device_of, placed, run_with
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
-from mbq.equalization import ALPHAS, TokenRoles, check_norm, fold, value_rows
+from mbq.equalization import ALPHAS, POWERS, TokenRoles, check_norm, fold, value_rows
+from mbq.errors import MBQError
 from mbq.group import Group, Weighing, comparisons, look
 from mbq.methods.method import Method, SearchOptions
 from mbq.progress import Progress, silent
 from mbq.qtensor import fake_quantize, fake_quantize_activations
+from mbq.routing import Routing, routing
 from mbq.scheme import Scheme
 from mbq.sensitivity import PARTS, Sensitivity, ratios
 from mbq.storage import Keep, kept
@@ -31,13 +33,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GroupSearch:
-    """A row of search.json: the alpha chosen and the loss at every alpha, or why the group was left alone."""
+    """A row of search.json: the alpha chosen and the loss at every alpha, or why the group was left alone.
+
+    tokens  of calibration that count and that a router sent to the group's expert; None where all go everywhere
+    """
 
     block: int
     group: str
     alpha: float | None = None
     losses: tuple[float, ...] = ()
     skipped: str | None = None
+    tokens: int | None = None
 
     @property
     def loss(self) -> float | None:
@@ -45,8 +51,9 @@ class GroupSearch:
         return self.losses[ALPHAS.index(self.alpha)] if self.alpha is not None and self.losses else None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON knows no NaN or infinity: such losses become null."""
-        return asdict(self) | {"losses": [value if math.isfinite(value) else None for value in self.losses]}
+        """JSON knows no NaN or infinity: such losses become null. Groups without an expert have no ``tokens``."""
+        row = asdict(self) | {"losses": [value if math.isfinite(value) else None for value in self.losses]}
+        return {name: value for name, value in row.items() if name != "tokens" or value is not None}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> GroupSearch:
@@ -77,9 +84,10 @@ def equalize_model(
     done before (but not with ``distorted_input``, where what a block sees depends on the quantized ones before it).
     Of several ranks each runs its part of ``batches``, and only rank 0's weights are folded.
 
-    Raises MBQError for a norm that nothing can be folded into, a sensitivity that cannot weigh, and a group without a
-    finite loss.
+    Raises MBQError for a norm that nothing can be folded into, a sensitivity that cannot weigh, a group without a
+    finite loss, and a mixture of experts with ``distorted_input``.
     """
+    check_distorted(binding, options)
     if method.equalize is None:
         return []
     options = options or SearchOptions()
@@ -106,7 +114,8 @@ def equalize_model(
                 rows += earlier
                 progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
                 continue
-            work = [search.group(index, group) for group in binding.kinds[index].groups]
+            routes = _routes(binding, index, hidden, calls[index], search.roles)
+            work = [search.group(index, group, routes) for group in binding.kinds[index].groups]
             hidden, finite = trace(block, [made.targets for made in work], hidden, calls[index], storage)
             search.check(index, work, finite)
             if options.distorted_input:
@@ -120,6 +129,29 @@ def equalize_model(
         rows += searched
         progress("search", index + 1, len(binding.blocks), _note(index, searched))
     return rows
+
+
+def check_distorted(binding: Binding, options: SearchOptions | None) -> None:
+    """Raise MBQError where a distorted input would be routed to other experts than the targets that it is held to."""
+    if options is not None and options.distorted_input and any(g.routed for kind in binding.kinds for g in kind.groups):
+        raise MBQError("--distorted-input sends tokens to other experts than the float model does; leave it out.")
+
+
+def _routes(
+    binding: Binding, index: int, hidden: Sequence[torch.Tensor], calls: Sequence[Call], roles: TokenRoles
+) -> dict[str, Routing]:
+    """Where a block's tokens go, by the path of its experts; nothing for a block without a mixture."""
+    paths = {group.routed[0] for group in binding.kinds[index].groups if group.routed is not None}
+    return {path: routing(binding.blocks[index], path, hidden, calls, roles) for path in sorted(paths)}
+
+
+def unreached(rows: Sequence[GroupSearch]) -> dict[int, list[int]]:
+    """The experts that no calibration token reached, by their numbers, a block."""
+    found: dict[int, list[int]] = {}
+    for row in rows:
+        if row.tokens == 0:
+            found.setdefault(row.block, []).append(int(row.group.rpartition(".")[2]))
+    return found
 
 
 def token_roles(batches: Sequence[CalibrationBatch], parity: bool = False) -> TokenRoles:
@@ -143,10 +175,11 @@ def token_roles(batches: Sequence[CalibrationBatch], parity: bool = False) -> To
 
 @dataclass(frozen=True)
 class _Skipped:
-    """A group that is not searched; its trace tells whether it overflows."""
+    """A group that is not searched; its trace tells whether it overflows. ``tokens`` as in ``GroupSearch``."""
 
     reason: str
     targets: GroupTrace
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -175,11 +208,12 @@ class _Search:
             name = made.targets.group.name
             choice = self.method.equalize(made, self.options) if isinstance(made, Group) else None
             if isinstance(made, _Skipped):
-                rows.append(GroupSearch(index, name, skipped=made.reason))
+                rows.append(GroupSearch(index, name, skipped=made.reason, tokens=made.tokens))
             elif choice is None:
-                rows.append(GroupSearch(index, name, skipped=f"{self.method.name} leaves this group alone"))
+                reason = f"{self.method.name} leaves this group alone"
+                rows.append(GroupSearch(index, name, skipped=reason, tokens=made.tokens))
             else:
-                rows.append(GroupSearch(index, name, choice.alpha, choice.losses))
+                rows.append(GroupSearch(index, name, choice.alpha, choice.losses, tokens=made.tokens))
                 choices.append((made, choice))
         # Elsewhere only a distorted input looks at folded weights; the others stay the file's, which all ranks share.
         for made, choice in choices if ranks.rank() == 0 or self.options.distorted_input else ():
@@ -189,20 +223,32 @@ class _Search:
             fold(choice.equalization, made.sources, before, weights, offset)
         return rows
 
-    def group(self, index: int, group: LinearGroup) -> Group | _Skipped:
-        """The group as the method sees it, whose traces are still empty."""
-        nothing = GroupTrace(group, look(group, [], self.roles))
+    def group(self, index: int, group: LinearGroup, routes: Mapping[str, Routing]) -> Group | _Skipped:
+        """The group as the method sees it, whose traces are still empty; an expert's sees the tokens sent to it."""
+        roles, route, tokens = self.roles, None, None
+        if group.routed is not None:
+            path, number = group.routed
+            route = routes[path].to(number)
+            roles = replace(roles, counted=roles.counted & route)
+            tokens = int(roles.counted.sum())
+        skipped = partial(_Skipped, targets=GroupTrace(group, look(group, [], roles, route)), tokens=tokens)
         quantized = self._quantized_weights(index, group.inspect, group.linears)
         if not quantized:
-            return _Skipped("none of its linears is quantized", nothing)
+            return skipped("none of its linears is quantized")
+        if tokens == 0:
+            return skipped("no calibration token reached this expert")
         before = self.binding.module(index, group.prev)
         sources = self._sources(index, group, before)
         if isinstance(sources, str):
-            return _Skipped(sources, nothing)
+            return skipped(sources)
         weighing = None if self.weighings is None else self.weighings[group.part][index]
         weights = self.method.token_weights and self.method.token_weights(self.roles, weighing, self.options)
-        compared = comparisons(group, weights, self.roles, self.options.tokens)
-        targets = GroupTrace(group, look(group, compared, self.roles))
+        if weights is not None and group.routed is not None:  # of an error of the mixture's output
+            weights = weights * routes[path].share(number) ** POWERS[self.options.norm]
+            if not weights.any():
+                return skipped("no calibration token that weighs anything reached this expert")
+        compared = comparisons(group, weights, roles, self.options.tokens)
+        targets = GroupTrace(group, look(group, compared, roles, route))
         return Group(
             name=f"block {index}, {group.name}",
             group=group,
@@ -213,8 +259,9 @@ class _Search:
             comparisons=compared,
             seen=GroupTrace(group, targets.look) if self.options.distorted_input else targets,
             targets=targets,
-            roles=self.roles,
+            roles=roles,
             scheme=self.scheme,
+            tokens=tokens,
         )
 
     def quantized(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:

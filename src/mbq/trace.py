@@ -26,11 +26,13 @@ class Look:
     counted   in statistics of what goes in
     compared  in what comes out; what of others nobody needs is not kept
     alone     the inspected module treats each token alone; else what is kept are whole batches
+    routed    those that an expert gets, in order: the group's linears see no others; None: they see all
     """
 
     counted: torch.Tensor
     compared: torch.Tensor
     alone: bool
+    routed: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class GroupTrace:
     inputs   [batch, token, channel]: what the group's linears read; [token, channel] of the compared, where alone
     calls    how the block called the group's inspected module
     outputs  [batch, token, channel]: what the inspected module returned; [token, channel] where alone
-    sums, maxima  [channel], of every batch: of |input| over the counted tokens, in float32
-    finite   [], of every batch: whether the inspected module's output is
+    sums, maxima  [channel], of every batch with counted tokens: of |input| over these, in float32
+    finite   [], of every call: whether the inspected module's output is
     """
 
     group: LinearGroup
@@ -59,7 +61,7 @@ class GroupTrace:
 
 def check_finite(binding: Binding, index: int, finite: Sequence[torch.Tensor], group: str = "") -> None:
     """Raise MBQError, with the names of the block and of its ``group``, unless all of ``finite`` [] are true."""
-    if bool(torch.stack(list(finite)).all()):
+    if not finite or bool(torch.stack(list(finite)).all()):  # an expert may have no calls
         return
     block = binding.blocks[index]
     path, dtype = binding.name(index, "").rstrip("."), str(next(block.parameters()).dtype).removeprefix("torch.")
@@ -81,16 +83,18 @@ def trace(
     outputs, finite = [], []
     memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what several groups see is kept once
     lengths = [states.shape[:-1].numel() for states in hidden]
+    recorders = [_Recorder(found, lengths, storage, memo) for found in traces]
     with hooked() as hooks, evaluating(block):
-        for found in traces:
-            recorder = _Recorder(found, lengths, storage, memo)
+        for found, recorder in zip(traces, recorders, strict=True):
             inspected = block.get_submodule(found.group.inspect)
             linear = block.get_submodule(found.group.linears[0])
             hooks.append(linear.register_forward_pre_hook(recorder.read))
             hooks.append(inspected.register_forward_pre_hook(recorder.called, with_kwargs=True))
             hooks.append(inspected.register_forward_hook(recorder.returned))
-        for states, call in zip(hidden, calls, strict=True):
+        for number, (states, call) in enumerate(zip(hidden, calls, strict=True)):
             memo.clear()
+            for recorder in recorders:
+                recorder.batch = number
             output = run(block, states, call)
             finite.append(torch.isfinite(output).all())
             outputs.append(kept(output, storage))
@@ -98,7 +102,9 @@ def trace(
 
 
 class _Recorder:
-    """Hooks that fill a trace, batch after batch."""
+    """Hooks that fill a trace; ``batch`` is the number of the one that runs."""
+
+    batch = 0
 
     def __init__(
         self,
@@ -109,11 +115,11 @@ class _Recorder:
     ) -> None:
         self.found, self.storage, self.memo = found, storage, memo
         look = found.look
-        self.counted = [each.nonzero().flatten() for each in look.counted.split(lengths)] if look else []
-        self.compared = [each.nonzero().flatten() for each in look.compared.split(lengths)] if look else []
+        self.counted = _rows(look, look.counted, lengths) if look else []
+        self.compared = _rows(look, look.compared, lengths) if look else []
 
     def read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.found.look is not None:
+        if self.found.look is not None and len(self.counted[self.batch]):
             sizes = _only(args[0], self.counted[self.batch]).float().abs()
             self.found.sums.append(sizes.sum(0))
             self.found.maxima.append(sizes.amax(0))
@@ -132,10 +138,6 @@ class _Recorder:
         self.found.finite.append(torch.isfinite(output).all())
 
     @property
-    def batch(self) -> int:
-        return len(self.found.finite)
-
-    @property
     def alone(self) -> bool:
         return self.found.look is not None and self.found.look.alone
 
@@ -149,7 +151,15 @@ class _Recorder:
         return found
 
 
-def _only(tensor: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """[token, channel]: these of the tokens of all samples, counted through; a view where that is all of them."""
+def _rows(look: Look, wanted: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+    """The ``wanted`` tokens of each batch, as rows of what the group's linears read."""
+    if look.routed is None:
+        return [each.nonzero().flatten() for each in wanted.split(lengths)]
+    pairs = zip(wanted.split(lengths), look.routed.split(lengths), strict=True)
+    return [each[routed].nonzero().flatten() for each, routed in pairs]
+
+
+def _only(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[token, channel]: these rows of all samples, counted through; a view where that is all of them."""
     flat = tensor.flatten(0, -2)
-    return flat if len(tokens) == len(flat) else flat[tokens.to(flat.device)]
+    return flat if len(rows) == len(flat) else flat[rows.to(flat.device)]

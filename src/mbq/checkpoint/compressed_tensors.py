@@ -173,7 +173,7 @@ def serving_note(scheme: Scheme) -> str:
     """Markdown for the model card: what vLLM does with a folder of this scheme (docs/engines.md)."""
     if scheme.weights.bits not in (4, 8):
         return f"vLLM serves this folder on NVIDIA GPUs only; on a CPU it refuses {scheme.weights.bits}-bit weights."
-    return float_activations(scheme) or "vLLM serves this folder: `vllm serve FOLDER`."
+    return float_activations(scheme) or "vLLM serves this folder."
 
 
 def float_activations(scheme: Scheme) -> str:

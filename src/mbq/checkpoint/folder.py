@@ -1,4 +1,4 @@
-"""An output folder that appears whole, or not at all."""
+"""An output folder that appears whole, or not at all; a file likewise."""
 
 from __future__ import annotations
 
@@ -90,6 +90,23 @@ def _finish(folder: Path) -> None:
                 os.fsync(file.fileno())
             os.chmod(os.path.join(root, name), mode)
         sync_entry(Path(root))
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write or replace a file, whole or not at all, also after a crash of the system. Raises MBQError."""
+    temporary = path.with_suffix(".part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_entry(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MBQError(
+            f"{path} cannot be written ({error.strerror}); free some space or choose another output folder."
+        ) from error
 
 
 def sync_entry(folder: Path) -> None:

@@ -21,7 +21,13 @@ from mbq.architecture import Binding
 from mbq.errors import MBQError
 from mbq.importance import Importance
 
-ARCHITECTURES = {"qwen2": "QWEN2", "qwen2_vl_text": "QWEN2VL", "llama": "LLAMA"}  # transformers' model_type: gguf's
+ARCHITECTURES = {  # transformers' model_type: gguf's
+    "qwen2": "QWEN2",
+    "qwen2_vl_text": "QWEN2VL",
+    "qwen2_5_vl_text": "QWEN2VL",
+    "qwen3_vl_text": "QWEN3VL",
+    "llama": "LLAMA",
+}
 INTERLEAVED = ("LLAMA",)  # llama.cpp rotates neighbouring channels there, transformers those half a head apart
 
 # How a byte-level tokenizer splits text before it merges: the expression in tokenizer.json, llama.cpp's name for it.
@@ -40,12 +46,14 @@ class LanguageModel:
     config        of the language model, as transformers has it
     tensors       by llama.cpp's names
     names         llama.cpp's names by the full names of modules: "blk.0.attn_q.weight" of the linear that it is of
+    deepstack     behind how many blocks features of the vision tower are added (Qwen3-VL)
     """
 
     architecture: str
     config: Any
     tensors: dict[str, torch.Tensor]
     names: dict[str, str]
+    deepstack: int = 0
 
 
 def gguf_package() -> Any:
@@ -82,7 +90,9 @@ def language_model(binding: Binding) -> LanguageModel:
             raise MBQError(f"llama.cpp has no place for {full} in a {config.model_type}; {_INSTEAD}.")
         tensors[f"{name}.{kind}"] = _rotated(parameter.detach(), known, config, architecture)
         names[module] = f"{name}.weight"
-    return LanguageModel(architecture, config, tensors, names)
+    vision: Any = getattr(binding.model.config, "vision_config", None)
+    deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return LanguageModel(architecture, config, tensors, names, deepstack)
 
 
 def check_tokenizer(tokenizer: Any) -> str:
@@ -104,6 +114,8 @@ def write_model(path: Path, model: LanguageModel, processor: Any, name: str) -> 
     writer.add_name(name)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_config(writer, model.config)
+    if model.deepstack:
+        writer.add_num_deepstack_layers(model.deepstack)
     _add_tokenizer(writer, processor, rows=len(model.tensors["token_embd.weight"]))
     dtype = model.tensors["blk.0.attn_q.weight"].dtype
     kinds = {torch.float32: "ALL_F32", torch.float16: "MOSTLY_F16", torch.bfloat16: "MOSTLY_BF16"}

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from safetensors.torch import load, save
 
-from mbq.checkpoint.folder import sync_entry
+from mbq.checkpoint.folder import write_file
 from mbq.errors import MBQError
 from mbq.ranks import LostRank
 
@@ -48,7 +48,7 @@ class RunState:
     def keep(self, block: int, tensors: Mapping[str, torch.Tensor], rows: list[dict[str, Any]]) -> None:
         """A block that is done: its tensors, and its part of search.json."""
         data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-        _write(self._file(block), data)
+        write_file(self._file(block), data)
         self.content["blocks"][str(block)] = {"sha256": hashlib.sha256(data).hexdigest(), "rows": rows}
         self._write_content()
 
@@ -66,7 +66,7 @@ class RunState:
         return self.folder / f"block-{block:04d}.safetensors"
 
     def _write_content(self) -> None:
-        _write(self.folder / "run.json", (json.dumps(self.content) + "\n").encode())
+        write_file(self.folder / "run.json", (json.dumps(self.content) + "\n").encode())
 
 
 @contextmanager
@@ -178,23 +178,6 @@ def _taken(file: IO[str]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, also after a crash of the system."""
-    temporary = path.with_suffix(".part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_entry(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise MBQError(
-            f"{path} cannot be written ({error.strerror}); free some space or choose another output folder."
-        ) from error
 
 
 def files_hash(folder: Path) -> str:

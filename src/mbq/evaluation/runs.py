@@ -5,6 +5,7 @@ results.json   right and wrong, question by question (``Results.save``); not in 
 answers.jsonl  a line a question that is shown, with what the model wrote
 pictures/      the pictures of those questions
 model/         what the model's folder records of its making
+lmms_eval/     what lmms-eval's tasks wrote: samples_TASK.jsonl, a line a document
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Run:
             if info["format"] != FORMAT:
                 raise MBQError(f"{folder} is a run of format {info['format']}, not {FORMAT}; evaluate the model again.")
             results = Results.load(folder / "results.json") if (folder / "results.json").exists() else None
-            answers = _read_answers(folder / "answers.jsonl")
+            answers = _read_answers(folder / "answers.jsonl", results)
             return cls(folder, {**info, "model": str(info["model"])}, results, answers)
         except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
             raise MBQError(
@@ -94,12 +95,14 @@ def write_run(
     answers: Sequence[Answer] = (),
     pictures: Mapping[str, ImageSource] | None = None,
     model: str | Path | None = None,
+    lmms_eval: str | Path | None = None,
 ) -> Path:
     """Write a run, whole or not at all, and return its folder.
 
-    info      run.json but for its format; "model" is the name that it is compared and shown under
-    pictures  what the answers' ``pictures`` are copies of, by name (``picture_names`` makes names)
-    model     the model's folder, whose records are copied
+    info       run.json but for its format; "model" is the name that it is compared and shown under
+    pictures   what the answers' ``pictures`` are copies of, by name (``picture_names`` makes names)
+    model      the model's folder, whose records are copied
+    lmms_eval  a folder that is copied as it is
 
     Raises MBQError where ``folder`` holds something, where it cannot be written and where a picture cannot be read.
     """
@@ -118,6 +121,8 @@ def write_run(
             if record.is_file():
                 (new / "model").mkdir(exist_ok=True)
                 shutil.copyfile(record, new / "model" / record.name)
+        if lmms_eval is not None:
+            shutil.copytree(lmms_eval, new / "lmms_eval")
     return folder
 
 
@@ -157,14 +162,17 @@ def _file_bytes(source: ImageSource) -> bytes:
     return file.getvalue()
 
 
-def _read_answers(path: Path) -> list[Answer]:
-    if not path.exists():
+def _read_answers(path: Path, results: Results | None) -> list[Answer]:
+    if results is None or not path.exists():
         return []
     answers = []
     for line in path.read_text(encoding="utf-8").split("\n"):
         if line:
             fields = json.loads(line)
-            answers.append(Answer(**{**fields, "pictures": tuple(_inside(name) for name in fields["pictures"])}))
+            answer = Answer(**{**fields, "pictures": tuple(_inside(name) for name in fields["pictures"])})
+            if bool(results.correct[answer.task][answer.index]) != answer.right or answer.index < 0:
+                raise ValueError(f"question {answer.index} of {answer.task} is not what results.json says")
+            answers.append(answer)
     return answers
 
 

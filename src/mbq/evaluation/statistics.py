@@ -16,6 +16,7 @@ from mbq.errors import MBQError
 
 Scores = Mapping[str, np.ndarray]
 RESAMPLES = 10_000
+RESAMPLES_AT_ONCE = 1_000
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,20 @@ def paired_difference(
         task: np.asarray(values, float) - np.asarray(baseline[task], float) for task, values in scores.items()
     }
     return mean(differences, pictures, confidence=confidence, seed=seed)
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray, *, confidence: float = 0.95, seed: int = 0) -> Interval:
+    """``sum(sums) / sum(counts)``, a mean over tokens; percentile bootstrap over rows, whose tokens stay together.
+
+    sums, counts  [row]
+    """
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        drawn = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=RESAMPLES_AT_ONCE)
+        found.append((drawn @ sums) / (drawn @ counts))
+    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(sums.sum() / counts.sum()), float(low), float(high))
 
 
 def _strata(scores: Scores, pictures: Scores | None) -> list[np.ndarray]:

@@ -162,25 +162,25 @@ class TensorMap(ctypes.Structure):
 
     @classmethod
     def of(cls, matrix: torch.Tensor, box: tuple[int, int]) -> TensorMap:
-        """Boxes of ``box`` [rows, columns] of a contiguous 16-bit ``matrix``, columns of 64 swizzled in shared memory.
+        """Boxes of ``box`` [rows, columns] of ``matrix``, 16-bit floats or int8, whose rows are contiguous.
 
-        Rows are multiples of 16 bytes, and so is the address. What lies beyond the edges is read as 0, and not written.
+        A row of a box is 64 or 128 bytes, and swizzled in shared memory. Rows begin at multiples of 16 bytes. What lies
+        beyond the edges is read as 0, and not written.
         """
         _, driver = bindings()
         rows, columns = matrix.shape
-        kind = driver.CUtensorMapDataType
+        kind = {torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16", torch.int8: "UINT8"}[matrix.dtype]
+        swizzle = f"CU_TENSOR_MAP_SWIZZLE_{box[1] * matrix.element_size()}B"
         result = driver.cuTensorMapEncodeTiled(
-            kind.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-            if matrix.dtype == torch.bfloat16
-            else kind.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            getattr(driver.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}"),
             2,
             matrix.data_ptr(),
             [driver.cuuint64_t(columns), driver.cuuint64_t(rows)],
-            [driver.cuuint64_t(columns * matrix.element_size())],
+            [driver.cuuint64_t(matrix.stride(0) * matrix.element_size())],
             [driver.cuuint32_t(box[1]), driver.cuuint32_t(box[0])],
             [driver.cuuint32_t(1), driver.cuuint32_t(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            getattr(driver.CUtensorMapSwizzle, swizzle),
             driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
             driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
         )

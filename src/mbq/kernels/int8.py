@@ -16,6 +16,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from mbq.kernels import prompt_int8
 from mbq.kernels.packed import PackedWeight, unpack_weight
 from mbq.scheme import Scheme
 
@@ -115,7 +116,9 @@ def linear(
     outputs = weight.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(flat.shape[0], outputs)
-    if y.numel():
+    if y.numel() and prompt_int8.takes(flat, weight, bias):
+        prompt_products(flat, weight, bias, y, gated, quantized)
+    elif y.numel():
         products(flat, weight, bias, y, tiles_for(len(flat), has_nibbles(weight.scheme), x.device), gated, quantized)
     return y.view(*x.shape[:-1], outputs)
 
@@ -165,6 +168,22 @@ def products(
         whole,
         partial,
     )
+
+
+def prompt_products(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    gated: bool = False,
+    quantized: Codes | None = None,
+) -> None:
+    """As ``products``, and the same bits, by ``prompt_int8.cu``, which ``prompt_int8.takes`` x."""
+    assert weight.scheme.activations is not None
+    if quantized is None:
+        rows = x if x.stride(1) == 1 else x.contiguous()
+        quantized = prompt_int8.quantize(rows, weight.scheme.activations.bits, gated)
+    prompt_int8.products(*quantized, weight, bias, y)
 
 
 def plan(rows: int, outputs: int, inputs: int, tiles: Tiles, processors: int) -> tuple[int, int, int]:

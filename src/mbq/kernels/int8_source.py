@@ -117,9 +117,11 @@ def _high(packed, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
 def _store(total, m, n, x_scale, w_scale, bias, y, rows, outputs, UNIT: tl.constexpr, BIAS: tl.constexpr):  # type: ignore[no-untyped-def]
     """int32 sums [m, n], in units of UNIT, to y."""
     result = total.to(tl.float32) * UNIT * tl.load(x_scale + m, mask=m < rows, other=0.0)[:, None]
-    result *= tl.load(w_scale + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        result += tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    scale = tl.load(w_scale + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    if BIAS:  # rounded once, as prompt_int8.cu does it
+        result = tl.fma(result, scale, tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :])
+    else:
+        result *= scale
     inside = (m[:, None] < rows) & (n[None, :] < outputs)
     tl.store(y + m[:, None].to(tl.int64) * outputs + n[None, :], result.to(y.dtype.element_ty), mask=inside)
 
