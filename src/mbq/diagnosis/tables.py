@@ -42,7 +42,7 @@ def show(found: Diagnosis, console: Console) -> None:
     for number, finding in enumerate(found.findings, start=1):
         console.print(f"{number}. {finding.title}", style="bold", markup=False, highlight=False, soft_wrap=True)
         _line(console, f"   {finding.evidence}")
-        _line(console, "   Try: " + finding.advice.replace("; or ", ",\n        or "))
+        _line(console, "   Try: " + finding.advice.replace("; or ", "\n        or "))
 
 
 def errors_table(m: Measurements) -> Table:
