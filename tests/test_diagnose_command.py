@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner, Result
 
 import mbq
@@ -80,6 +82,15 @@ def test_a_file_is_written_too(
     record = json.loads((tmp_path / "found.json").read_text())
     assert record["answers"] == {}
     assert any("--answers 0" in note for note in record["notes"])
+
+
+def test_a_recipe_of_others_prints_nothing_but_options(quantized: Path, tmp_path: Path) -> None:
+    recipe = pair._recipe(str(quantized))
+    assert (recipe["scheme"], recipe["method"], recipe["ignore"]) == ("W8A8", "rtn", [])
+    folder = shutil.copytree(quantized, tmp_path / "other")
+    bad = {"method": "\x1b[2J", "norm": ["a", ["b"]], "floor": {"a": 1}, "ignore": ["a", "\x07"], "seed": 3}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(bad))
+    assert pair._recipe(str(folder)) == {"seed": 3}
 
 
 def test_a_float_model_that_does_not_fit_is_measured_block_by_block(

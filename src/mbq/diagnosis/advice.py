@@ -50,8 +50,9 @@ def quantize(m: Measurements, **changes: Any) -> str:
         value = recipe.get(name)
         if value is not None and value != usual[name]:
             parts += [f"--{name.replace('_', '-')}", value]
-    for pattern in [*(m.recipe.get("ignore") or ()), *([changes["ignore"]] if changes.get("ignore") else [])]:
-        parts += ["--ignore", pattern]
+    ignored = m.recipe.get("ignore")
+    for pattern in [*(ignored if isinstance(ignored, list) else ()), changes.get("ignore")]:
+        parts += ["--ignore", pattern] if pattern else []
     return " ".join(shlex.quote(str(part)) for part in [*parts, "--output", f"{m.model}-2"])
 
 

@@ -161,10 +161,18 @@ def _name(model: str | Path | nn.Module) -> str:
 
 
 def _recipe(folder: str | None) -> dict[str, Any]:
+    """The recipe's plain options. Whoever wrote the folder wrote it: what would not print in a command is left out."""
     if folder is None or not (path := model_folder(folder, weights=False) / "recipe.yaml").is_file():
         return {}
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MBQError(f"recipe.yaml of {folder} cannot be read; copy the folder anew.") from error
-    return found if isinstance(found, dict) else {}
+    items = found.items() if isinstance(found, dict) else ()
+    return {name: value for name, value in items if _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(each, str) and each.isprintable() for each in value)
+    return isinstance(value, int | float) or (isinstance(value, str) and value.isprintable())
