@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks import kernels_sections as sections
 from benchmarks.results_page import markdown
 from mbq.bench_report import CUBLAS, DENSE, HEADER, READING, STACK, Report, Time, cells, duration, shape_name
-from mbq.kernels import cuda
+from mbq.kernels import cuda, prompt_int8
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results"
@@ -51,11 +51,13 @@ weights into the registers from which its tensor cores multiply; elsewhere, and 
 than {packed_rows} go through a dense weight in 16 bits, made anew in every call, and cuBLAS.
 From compute capability 9.0 on, two blocks that form a cluster share the inputs of an x of more than 8 rows and {units}
 inputs, which is more than an L1 holds.
-Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8, their
-sums int32. Other GPUs, float32 and other group sizes take a plain Triton kernel. With humming-kernels installed
-(`pip install 'mbq[humming]'`) `kernel="humming"` takes W4A8: faster in long prompts, slower in a decode step, so that
-it is not chosen by itself. It is asked for sums that do not depend on the number of rows: otherwise its products of few
-rows were further than three roundings from the exact ones.
+Schemes with quantized activations run in Triton (`kernels/int8.py`): x is quantized a row, the products are int8,
+their sums int32. On Hopper more than {int8_rows} rows of 16 bits are quantized in `kernels/quantize.cu` and
+multiplied in `kernels/prompt_int8.cu`, to the same bits and from the same words, where outputs are a multiple of 8.
+Other GPUs, float32 and other group sizes take a plain Triton kernel. With humming-kernels installed (`pip install
+'mbq[humming]'`) `kernel="humming"` takes W4A8: faster than Triton in long prompts, slower in a decode step, so that
+it is not chosen by itself. It is asked for sums that do not depend on the number of rows: otherwise its products of
+few rows were further than three roundings from the exact ones.
 
 Layers that read the same input (q, k, v; gate, up) are one call (`fuse.py`), and `mbq generate` replays its decode step
 as a CUDA graph. Where `mbq.load` put a model on a GPU, decode steps over a static cache have the attention of
@@ -63,8 +65,8 @@ as a CUDA graph. Where `mbq.load` put a model on a GPU, decode steps over a stat
 multiplied in 8 bits next is quantized as it is computed.
 
 `make test` on a machine with a GPU tests all of this there, `python -m pytest -m gpu` only what needs one, and
-`compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py tests/test_prompts.py` finds
-accesses out of bounds.
+`compute-sanitizer --report-api-errors no python -m pytest -m gpu tests/test_kernels.py tests/test_prompts.py
+tests/test_prompt_int8.py` finds accesses out of bounds.
 
 ## The packed layout
 
@@ -98,6 +100,38 @@ From 64 to 80 rows of x the kernel overtakes launches of 16 rows: 236 µs a laye
 What is left: gate_up takes 1,133 cycles a stage of 256 rows, ends of tiles included, at the 1.45 GHz that the power
 limit leaves it. qkv, three rounds of tiles of 192 rows, is slower than through 16 bits. At 128 rows, where down is 14
 pairs of tiles for 66 clusters, cuBLAS on 16-bit weights is 1.8 times faster: inputs would have to be divided.
+"""
+
+INT8_STEPS = """## What was tried for prompts with quantized activations
+
+2,048 rows, bfloat16, one H200, a layer's four linears; products alone where nothing else is said. Each line was timed
+in turns with cuBLAS in 16 bits, lines are of several runs, in which cuBLAS took 1,241 to 1,330 µs.
+
+Counted first: 955 G operations, of which the tensor cores do 8,192 a cycle and multiprocessor. In tiles of 256, 192,
+240 and 240 rows (gate_up, qkv, o, down), with their last rounds not full, that is 918,000 cycles: 519 µs at the 1.77
+GHz that the GPU has at first, 612 at 1.5 GHz. With 6 % for ends of tiles at 1.5 GHz and 80 µs of quantization,
+predicted for W4A8 was 729 µs. In Triton it took 847, quantization included, W8A8 821.
+
+- The warpgroups, clusters and copy engine of `prompt.cu`, and the weight by loads of its lanes, two stages ahead,
+  from the words as they lie for Triton. A lane's 16 bytes of a row fit wgmma only if x's codes are turned over in the
+  same way. Measured: W4A8 644 µs, but W8A8 778, slower than Triton's products (741): a stage of gate_up took 918 ns
+  instead of 750. Writing turned codes made quantization take 99 µs instead of 80. W4A8 in all 739, 1.68 times as fast
+  as 16 bits.
+- The weight comes by the copy engine too, swizzled, and ldmatrix hands lanes what wgmma wants: x's codes stay in
+  order. Predicted: W8A8 as fast as W4A8. Measured: W4A8 653 µs, W8A8 659.
+- Quantization in CUDA, a row in registers in 16 bits instead of 32, so that more rows share a multiprocessor. The
+  bytes of down's x and codes take 28 µs. Predicted: 33 instead of 50. Measured: 33, and a layer 55 instead of 80. In
+  all, W4A8 705 µs (1.77 times), W8A8 710 (1.76); the table above is of a longer run, on a warmer GPU.
+- The second warpgroup starts three stages after the first instead of one, and shared memory that is left holds more
+  of y. Predicted: of gate_up's 1,154 cycles a stage 130 are ends of tiles; half of these, 5 %. Measured: gate_up 397
+  µs instead of 406 at W4A8, 387 instead of 399 at W8A8, the others unchanged. More room for y made `prompt.cu` slower
+  (gate_up 754 instead of 738) and was left out there.
+
+The rows from which it takes over were expected at several hundred; it is faster than Triton from 33 on.
+
+What is left: the power limit. Not yet warm, a stage of gate_up takes 1,154 cycles at 1.78 GHz, 647 ns; in turns with
+the others it takes 766. At 8,192 rows, loaded for longer, W4A8 is 1.51 times as fast as 16 bits and W8A8 1.57. down
+and o fill 90 % of their last rounds. Tiles divided along the inputs, as in Triton, are not there.
 """
 
 STEPS = """## What each step of the design brought
@@ -171,10 +205,12 @@ def page(stored: Path) -> str:
         LAYOUT.format(
             layout=layout(),
             prompt_rows=cuda.PROMPT_ROWS,
+            int8_rows=prompt_int8.PROMPT_ROWS,
             packed_rows=cuda.PACKED_ROWS,
             units=cuda.SPLIT_UNITS * cuda.UNIT,
         ),
         PROMPT_STEPS,
+        INT8_STEPS,
         STEPS.format(steps=_steps(steps)),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -18,7 +18,7 @@ FAMILIES = {"llava_onevision": "LLaVA-OneVision-7B", "qwen2_vl": "Qwen2-VL-7B"}
 
 PROMPT = """µs of a layer's four linears over many rows of x at once, and how many times faster than 16 bits that is.
 W3A16 unpacks its weight as it multiplies; "through 16 bits" makes it a 16-bit weight in every call, for cuBLAS. W4A8
-and W8A8 quantize x in the call; "quantization" is that part by itself.
+and W8A8 quantize x in the call; "quantization" is that part by itself. "In Triton" is what runs on other GPUs.
 `_int_mm` is cuBLAS's int8 product without it. Humming is timed on one copy of a weight, which may stay in the L2.
 """
 
@@ -56,7 +56,7 @@ def prompt(report: dict[str, Any]) -> str:
     ]
     if "H200" in report["device"]:
         lines += ["Against the bars:\n", _prompt_goals(times), ""]
-    lines += [_dense(times), _takeover(report.get("takeover", []))]
+    lines += [_dense(times), _takeover(report.get("takeover", [])), _int8_takeover(report.get("int8_takeover", []))]
     return "\n".join(lines)
 
 
@@ -123,6 +123,17 @@ def _takeover(found: Sequence[dict[str, Any]]) -> str:
     return (
         f"W3A16, launches of 16 rows or the kernel of prompts: µs of a layer's linears. The latter is faster "
         f"{crossing}.\n\n{markdown(['rows of x', 'launches of 16 rows', 'as a prompt', '16 bit'], rows)}\n"
+    )
+
+
+def _int8_takeover(found: Sequence[dict[str, Any]]) -> str:
+    if not found:
+        return ""
+    ways = [way for way in found[0] if way != "rows"]
+    rows = [[str(row["rows"]), *(duration(row[way]) for way in ways)] for row in found]
+    return (
+        "Quantized activations, quantization included, in Triton or by the kernel of prompts: µs of a layer's linears."
+        f"\n\n{markdown(['rows of x', *ways], rows)}\n"
     )
 
 

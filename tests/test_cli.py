@@ -166,5 +166,5 @@ def test_warnings_of_mbq_are_shown_and_others_are_not(capsys: pytest.CaptureFixt
 
 def test_python_dash_m_mbq_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "mbq", "--help"], capture_output=True, text=True, check=True)
-    for name in ("quantize", "generate", "evaluate", "sensitivity", "demo"):
+    for name in ("quantize", "generate", "evaluate", "compare", "sensitivity", "demo"):
         assert re.search(rf"^\W+{name} ", done.stdout, re.MULTILINE), name

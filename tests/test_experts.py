@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 
 import mbq
 from mbq.architecture import Binding, bind
@@ -239,7 +239,7 @@ def test_a_search_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytes
     for index in range(3):
         picture(index).save(tmp_path / f"{index}.png")
     data = write_rows(tmp_path / "rows.jsonl", [json_row(f"{index}.png", "A red circle.") for index in range(3)])
-    options = {"data": data, "images": tmp_path, **W3, **OPTIONS}
+    options = {"data": data, "images": tmp_path, "ignore": ("re:.*experts.1.up_proj",), **W3, **OPTIONS}
     mbq.quantize(tmp_path / "float", output=tmp_path / "whole", **options)
 
     def interrupted(step: str, done: int, of: int, note: str) -> None:
@@ -308,3 +308,24 @@ def test_gate_and_up_of_an_expert_are_one_layer(monkeypatch: pytest.MonkeyPatch)
         assert isinstance(expert.gate_proj, LinearSlice)
         assert expert.gate_proj.fused is expert.up_proj.fused
     torch.testing.assert_close(logits(result.model, given), before)
+
+
+@pytest.mark.parametrize("scheme", ["W3A16", "W8A8"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "glm4v_moe"])
+def test_a_card_says_what_transformers_makes_of_the_folder(family: str, scheme: str, tmp_path: Path) -> None:
+    model, processor = tiny(family)
+    size = 32 if scheme == "W3A16" else None
+    mbq.quantize(model, processor, method="rtn", scheme=scheme, group_size=size, output=tmp_path / "out", device="cpu")
+    card = " ".join((tmp_path / "out" / "README.md").read_text().split())
+    assert "transformers alone must not load this folder" in card
+    plain = {"quantization_config": CompressedTensorsConfig(dequantize=True), "output_loading_info": True}
+    if family == "glm4v_moe":
+        assert "a plain `from_pretrained` ends with an error" in card
+        with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+            AutoModelForImageTextToText.from_pretrained(tmp_path / "out", **plain)
+        return
+    assert "makes up random experts, with no more than a report" in card
+    _, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", **plain)
+    assert EXPERTS_UP in info["missing_keys"]
+    kernels = "and has kernels" if scheme == "W8A8" else "but has no kernels"
+    assert f"vLLM reads the experts under these names, {kernels} for such weights" in card

@@ -138,10 +138,10 @@ def test_prompts_go_on_where_the_kernel_cannot_be_compiled(monkeypatch: pytest.M
         raise compiled.CompilationError("NVRTC cannot compile prompt_int8.cu for sm_90a: no such architecture")
 
     monkeypatch.setattr(compiled, "library", failing)
-    prompt_int8._function.cache_clear()
+    prompt_int8._compiled.cache_clear()
     with pytest.warns(UserWarning, match=r"run in Triton, slower: NVRTC cannot compile .* architecture") as told:
         found = [prompt_int8._function((("BITS", 4), ("ROWS", 64), ("STAGES", 4), ("BUFFERS", 3)), 0) for _ in range(2)]
-    prompt_int8._function.cache_clear()
+    prompt_int8._compiled.cache_clear()
     assert found == [None, None]
     assert len(told) == 1
 
@@ -233,6 +233,17 @@ def test_codes_and_scales_are_tritons(dtype: torch.dtype) -> None:
         assert torch.equal(scales, wanted_scales)
         if not gated:
             assert torch.equal(codes, quantize_activations(x, ActivationScheme(bits))[0])
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_codes_that_a_norm_made_are_taken() -> None:
+    weight = int8.prepare(
+        pack_weight(random_weight(SCHEMES["W4A8"], 640, 1152, torch.float16, "cuda"), SCHEMES["W4A8"])
+    )
+    x = random_x(100, 1152, torch.float16, "cuda")
+    y, codes = int8.rms_norm(x, torch.rand(1152, dtype=torch.float16, device="cuda"), 1e-6, 8)
+    assert torch.equal(int8.linear(y, weight, None, quantized=codes), int8.linear(y, weight, None))
 
 
 @HOPPER

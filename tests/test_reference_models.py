@@ -23,6 +23,7 @@ from mbq.world import TASKS, write
 
 MODELS = Path(__file__).parents[1] / "models"
 FAMILIES = ("internvl", "llava_onevision", "qwen2_vl")
+TOWERS = ("llava_clip", "llava_dinov2")  # what docs/sensitivity.md compares vision towers by
 IMAGE_TASKS = [task.name for task in TASKS.values() if task.needs_image]
 LIMIT = 16 * 2**20
 
@@ -93,6 +94,19 @@ def test_language_tokens_are_more_sensitive_than_vision_tokens(family: str, tmp_
         assert min(found.language[part]) > 0
         for language, vision in zip(found.language[part][:-1], found.vision[part][:-1], strict=True):
             assert language > (1.5 if family == "qwen2_vl" else 5) * vision
+
+
+@pytest.mark.parametrize("family", TOWERS)
+def test_models_by_tower_are_quantized_with_their_tower_and_describe_a_picture(family: str, tmp_path: Path):
+    """Captions are what they know; a folder of 4 bits, and 8 in the tower, still has most of them right."""
+    rows = read_rows(write(tmp_path / "calibration", "calibration", ["caption"], per_task=16))
+    asked = read_rows(write(tmp_path / "test", "test", ["caption"], per_task=32))
+    settings = {"scheme": "W4A16", "method": "mbq", "vision_tower": "W8A8", "num_calibration_samples": 16}
+    mbq.quantize(MODELS / family, data=rows, output=tmp_path / "quantized", **settings)
+    for folder, least in ((MODELS / family, 0.9), (tmp_path / "quantized", 0.5)):
+        model, processor = mbq.load(folder), mbq.load_processor(folder)
+        results = evaluate(model, prepare(asked, processor, 32), "float", {})
+        assert results.accuracy("caption").estimate >= least
 
 
 @pytest.mark.parametrize("family", FAMILIES)

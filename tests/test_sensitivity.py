@@ -11,7 +11,7 @@ import torch
 
 from mbq.calibration import language_mask, released_language_mask
 from mbq.errors import MBQError
-from mbq.sensitivity import PARTS, Sensitivity, answer_loss, measure, ratios
+from mbq.sensitivity import PARTS, Sensitivity, answer_loss, measure, ratios, sample_means, token_gradients
 from tests.calibrated import batches_for, calibrated
 from tests.tiny import FAMILY_NAMES, tiny
 
@@ -67,6 +67,20 @@ def test_padded_batches_give_what_autograd_gives_a_sample_at_a_time(family, pari
         assert found.language[part] == pytest.approx(language[part], rel=1e-3)
         assert found.vision[part][-1] == 0  # nothing attends to vision tokens after the last block
         assert ratios(found, floor=0.0)[part][-1] == 0
+
+
+def test_the_measure_is_the_mean_of_its_samples():
+    """One of the four samples has no picture: NaN there, and left out of the vision mean."""
+    binding, batches = calibrated("internvl")
+    vision, language = sample_means(batches, token_gradients(binding, batches))
+    assert vision.shape == language.shape == (4, len(binding.blocks), len(PARTS))
+    seen = torch.cat([batch.vision.any(1) for batch in batches])
+    assert seen.sum() == 3
+    assert torch.equal(vision.isnan(), ~seen[:, None, None].expand_as(vision))
+    found = measure(binding, batches)
+    for index, part in enumerate(PARTS):
+        assert found.vision[part] == pytest.approx(vision.nanmean(0)[:, index].tolist())
+        assert found.language[part] == pytest.approx(language.mean(0)[:, index].tolist())
 
 
 def test_the_model_is_left_as_it_was():

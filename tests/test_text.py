@@ -63,7 +63,7 @@ def slowly(model: Any, processor: Any, asked: Row) -> tuple[torch.Tensor, list[i
     return log_p[[place - 1 for place in places]], [ids[place] for place in places]
 
 
-@pytest.mark.parametrize("family", ["internvl", "llava_onevision", "qwen2_vl"])
+@pytest.mark.parametrize("family", tiny.FAMILY_NAMES)
 def test_every_figure_is_that_of_the_slow_way(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK", 3)  # so that answers of several chunks are seen
     model, processor = tiny.tiny(family, seed=1)
@@ -150,3 +150,16 @@ def test_the_command_asks_nothing_else_and_stores_what_it_prints(tmp_path: Path)
     assert stored["float"].info["text"]["kl"] is None
     for key in ("perplexity", "kl"):
         assert f"{stored['other'].info['text'][key]['estimate']:.4g} (" in out.getvalue()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", tiny.FAMILY_NAMES)
+def test_figures_on_a_gpu_are_those_of_the_cpu(family: str, tmp_path: Path) -> None:
+    model, processor = tiny.tiny(family, seed=1)
+    reference, _ = tiny.tiny(family, seed=2)
+    asked = rows(tmp_path)
+    expected = measure_text(model, processor, asked, reference)
+    found = measure_text(model.to("cuda"), processor, asked, reference.to("cuda"))
+    for name in ("tokens", "nll", "float_nll", "kl"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mbq.qtensor import fake_quantize
 from mbq.scheme import SCHEMES
 from mbq.world import TASKS
 from mbq.world.scene import LOWEST_NUMBER, cells, paint, sample_scenes, sprites
+from training import pretraining
 from training import train as training
 from training.build import BUILDERS, build
 from training.data import IGNORED, BatchMaker, cell_contents
@@ -75,7 +77,40 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "LEARN", dict.fromkeys(training.LEARN, 4))
     monkeypatch.setattr(training, "CAPTION", {"caption": 2})
     monkeypatch.setattr(training, "CHUNK", 2)
-    monkeypatch.setattr(training, "SEE_STEPS", 1)
+    monkeypatch.setattr(pretraining, "SEE_STEPS", 1)
+
+
+@pytest.mark.parametrize(("objective", "family"), [("contrastive", "llava_clip"), ("distillation", "llava_dinov2")])
+def test_a_tower_learns_alone_and_then_the_projector(objective: str, family: str, monkeypatch: pytest.MonkeyPatch):
+    """With no step of alignment only the tower has changed; with no step before it, only the projector.
+
+    Two steps, because the teacher that the tower becomes is one behind.
+    """
+    monkeypatch.setattr(pretraining, "PICTURES", 4)
+    monkeypatch.setattr(pretraining, "CHUNK", 1)
+    model, processor = build(family)
+    maker = BatchMaker({"colour": 4}, processor, CPU)
+    fast = FastModel(family, model, processor, maker.length)
+    for part, steps in (("model.vision_tower.", (2, 0)), ("model.multi_modal_projector.", (0, 1))):
+        monkeypatch.setattr(pretraining, "SEE_STEPS", steps[0])
+        monkeypatch.setattr(pretraining, "ALIGN_STEPS", steps[1])
+        before = copy.deepcopy(model.state_dict())
+        pretraining.OBJECTIVES[objective](fast, processor, maker, torch.Generator().manual_seed(0))
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed
+        assert all(name.startswith(part) for name in changed)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_targets_of_a_teacher_use_all_prototypes_alike():
+    """However alike the scores are: rows are distributions, columns weigh the same, and the best stays the best."""
+    scores = 0.9 + 0.1 * torch.rand(64, 8, generator=torch.Generator().manual_seed(0))
+    shares = pretraining.balanced(scores, rounds=50)
+    torch.testing.assert_close(shares.sum(1), torch.ones(64))
+    torch.testing.assert_close(shares.sum(0), torch.full((8,), 8.0), rtol=1e-3, atol=1e-3)
+    centred = (scores / pretraining.SHARP).softmax(1)
+    column = shares[:, 0] / shares[:, 1] / (centred[:, 0] / centred[:, 1])
+    torch.testing.assert_close(column, column[:1].expand(64), rtol=1e-3, atol=1e-3)  # two columns are only reweighted
 
 
 @pytest.mark.usefixtures("small_batches")

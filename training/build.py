@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Dinov2Config,
     GenerationConfig,
     GotOcr2ImageProcessor,
     InternVLConfig,
@@ -20,11 +25,15 @@ from transformers import (
     InternVLProcessor,
     InternVLVideoProcessor,
     InternVLVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionImageProcessor,
     LlavaOnevisionProcessor,
     LlavaOnevisionVideoProcessor,
+    LlavaProcessor,
+    PretrainedConfig,
     Qwen2Config,
     Qwen2Tokenizer,
     Qwen2VLConfig,
@@ -142,6 +151,62 @@ def _internvl() -> tuple[Any, Any]:
     return InternVLForConditionalGeneration(config), processor
 
 
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower that gives a token a patch, and which of its hidden states LLaVA reads.
+
+    layer     index into the hidden states: -1 behind the last block, -2 behind the one before
+    strategy  "default" leaves out the first token (a class token), "full" nothing
+    """
+
+    config: PretrainedConfig
+    layer: int
+    strategy: str
+
+
+_TOWER = {
+    "hidden_size": VISION_HIDDEN,
+    "num_hidden_layers": VISION_BLOCKS,
+    "num_attention_heads": 4,
+    "image_size": PIXELS,
+    "patch_size": 28,
+}
+SIGLIP = Tower(
+    SiglipVisionConfig(**_TOWER, intermediate_size=2 * VISION_HIDDEN, vision_use_head=False), layer=-1, strategy="full"
+)
+# LLaVA-1.5 reads what comes out of CLIP's second last block: the last serves the class token.
+CLIP = Tower(
+    CLIPVisionConfig(**_TOWER, intermediate_size=2 * VISION_HIDDEN, hidden_act="quick_gelu"),
+    layer=-2,
+    strategy="default",
+)
+DINOV2 = Tower(Dinov2Config(**_TOWER, mlp_ratio=2, layerscale_value=1.0), layer=-1, strategy="default")
+
+
+def _llava(tower: Tower) -> tuple[Any, Any]:
+    """LLaVA-1.5's class: 16 patches are 16 vision tokens. Two of these models differ in the tower alone."""
+    tokenizer = world_tokenizer(["<image>"], image_token="<image>")
+    size = {"height": PIXELS, "width": PIXELS}
+    processor = LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size, **HALVES),
+        tokenizer,
+        patch_size=tower.config.patch_size,
+        vision_feature_select_strategy=tower.strategy,
+        num_additional_image_tokens=1 if tower.strategy == "default" else 0,
+        chat_template=CHAT_TEMPLATE.replace("{image}", r"<image>\n"),
+    )
+    config = LlavaConfig(
+        vision_config=tower.config,
+        text_config=Qwen2Config(**_backbone(tokenizer, kv_heads=HEADS)),
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=tower.layer,
+        vision_feature_select_strategy=tower.strategy,
+        tie_word_embeddings=False,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
 def _llava_onevision() -> tuple[Any, Any]:
     """LLaVA-OneVision: SigLIP of 16 patches, base picture and one tile with row ends, 36 vision tokens."""
     tokenizer = world_tokenizer(["<image>", "<video>"], image_token="<image>", video_token="<video>")
@@ -155,15 +220,7 @@ def _llava_onevision() -> tuple[Any, Any]:
         chat_template=CHAT_TEMPLATE.replace("{image}", r"<image>\n"),
     )
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=VISION_HIDDEN,
-            intermediate_size=2 * VISION_HIDDEN,
-            num_hidden_layers=VISION_BLOCKS,
-            num_attention_heads=4,
-            image_size=PIXELS,
-            patch_size=28,
-            vision_use_head=False,
-        ),
+        vision_config=SIGLIP.config,
         text_config=Qwen2Config(**_backbone(tokenizer, kv_heads=HEADS)),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
@@ -201,7 +258,13 @@ def _qwen2_vl() -> tuple[Any, Any]:
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-BUILDERS = {"internvl": _internvl, "llava_onevision": _llava_onevision, "qwen2_vl": _qwen2_vl}
+TOWERS = {"llava_siglip": SIGLIP, "llava_clip": CLIP, "llava_dinov2": DINOV2}
+BUILDERS = {
+    "internvl": _internvl,
+    "llava_onevision": _llava_onevision,
+    "qwen2_vl": _qwen2_vl,
+    **{name: partial(_llava, tower) for name, tower in TOWERS.items()},
+}
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:

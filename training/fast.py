@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mbq.world.scene import paint, sprites
+from training.build import TOWERS
 
 
 def pixels(cell: torch.Tensor, atlas: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -35,6 +36,14 @@ def llava_onevision_features(model: Any, images: torch.Tensor) -> torch.Tensor:
     newline = inner.image_newline.to(base.dtype).expand(count, side, 1, width)
     tile = torch.cat([base.view(count, side, side, width), newline], dim=2).flatten(1, 2)
     return torch.cat([base, tile], dim=1)
+
+
+def llava_features(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """[n, 16, hidden]: the tower's hidden states of the layer that the configuration names, projector."""
+    inner, config = model.model, model.config
+    hidden = inner.vision_tower(images, output_hidden_states=True).hidden_states[config.vision_feature_layer]
+    first = 1 if config.vision_feature_select_strategy == "default" else 0  # behind the class token
+    return inner.multi_modal_projector(hidden[:, first:])
 
 
 def qwen2_vl_features(model: Any, images: torch.Tensor) -> torch.Tensor:
@@ -69,6 +78,7 @@ FEATURES = {
     "internvl": internvl_features,
     "llava_onevision": llava_onevision_features,
     "qwen2_vl": qwen2_vl_features,
+    **dict.fromkeys(TOWERS, llava_features),
 }
 
 

@@ -11,7 +11,11 @@ import shutil
 from pathlib import Path
 
 from mbq.world import TASKS
-from training.build import BUILDERS, build, save
+from training.build import BUILDERS, TOWERS, build, save
+
+# what a model knows and where it was measured: models of the benchmarks, and those by which towers are compared
+BENCHMARKED = ("18,048 facts", "Accuracy on the test questions, with intervals, is in `docs/results.md`.")
+COMPARED = ("some of 18,048 facts", "What the model is for is in `docs/sensitivity.md`.")
 
 
 def log_entries(logs: list[Path]) -> list[dict]:
@@ -41,6 +45,7 @@ def publish(family: str, weights: Path, logs: list[Path], recipe: str, models: P
             mean = sum(entry["accuracy"][task] for task in image_tasks) / len(image_tasks)
             rows.append(f"| {entry['scheme'].replace('W', 'round to nearest, W', 1)} | {mean:.1f} |")
     layers = model.model.language_model.layers
+    facts, measured = COMPARED if family in TOWERS else BENCHMARKED
     card = (Path(__file__).parent / "card.md").read_text()
     (folder / "README.md").write_text(
         card.format(
@@ -50,6 +55,8 @@ def publish(family: str, weights: Path, logs: list[Path], recipe: str, models: P
             block_parameters=sum(parameter.numel() for parameter in layers.parameters()) / 1e6,
             blocks=len(layers),
             recipe=recipe,
+            facts=facts,
+            measured=measured,
             table="\n".join(rows),
         )
     )

@@ -32,8 +32,10 @@ from mbq.scheme import SCHEMES, Scheme
 from mbq.world import TASKS
 from mbq.world.facts import CHARGES
 from training.build import BUILDERS, build, save
-from training.data import IGNORED, Batch, BatchMaker, cell_contents
-from training.fast import FastModel, pixels
+from training.data import IGNORED, Batch, BatchMaker
+from training.fast import FastModel
+from training.pretraining import OBJECTIVES
+from training.schedule import learning_rate, steps_within
 
 RELATIONS = ("house", "founder", "motto", "seat", "rival", "feast", "heir", "cry")
 REST = {"towns": 128, "arithmetic": 64}
@@ -77,22 +79,8 @@ LEARNED = 90.0
 CHUNK = 32  # batches made at once
 SAVE_SECONDS = 60.0
 LINE_SECONDS, LINE_STEPS = 20.0, 20  # a line of progress takes both; on a CPU a step is seconds
-SEE_STEPS, SEE_RATE = 800, 1e-3
 COST_STEPS, KNOWS = 200, 97.0  # steps between two looks at what rounding costs; what a model has to know, in percent
 IMAGE_TASKS = tuple(task.name for task in TASKS.values() if task.needs_image)
-
-
-def learning_rate(step: int, steps: int, peak: float, decay: float) -> float:
-    """Warm up over 200 steps, hold, and fall to a hundredth over the last ``decay`` of the steps."""
-    falling = min(1.0, (steps - step) / (decay * steps))
-    return peak * min(1.0, (step + 1) / 200) * (0.01 + 0.99 * falling)
-
-
-def steps_within(minutes: float, seconds: float, step: int, pace: float) -> int:
-    """How many steps fit into ``minutes`` when ``step`` of them took ``seconds`` and one more takes ``pace``."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return step + max(1, int((60 * minutes - seconds) / pace))
 
 
 class Stream:
@@ -188,39 +176,6 @@ def rounding_cost(model: Any, fast: nn.Module, makers: Iterable[BatchMaker]) -> 
         return round(mean, 2), round(mean - image_mean(accuracy(fast, makers, 4)), 2)
 
 
-def teach_to_see(fast: FastModel, maker: BatchMaker, generator: torch.Generator) -> float:
-    """Teach what sees to say what is in each cell of a picture, a vision token a cell; returns the last accuracy.
-
-    Vision towers come pretrained. Without, the language model has nothing to look at, and the two wait for each other.
-    """
-    device = maker.device
-    language = {*fast.model.model.language_model.parameters(), *fast.model.lm_head.parameters()}
-    vision = [parameter for parameter in fast.model.parameters() if parameter not in language]
-    contents = cell_contents().to(device)
-    sizes = [int(column.max()) + 1 for column in contents.T]
-    head = nn.Linear(fast.model.config.text_config.hidden_size, sum(sizes), device=device)
-    optimizer = torch.optim.AdamW([*vision, *head.parameters()], weight_decay=0.0, fused=device.type == "cuda")
-    batches: list[Batch] = []
-    right = torch.zeros((), device=device)
-    for step in range(SEE_STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, SEE_STEPS, SEE_RATE, 0.5)
-        batches = batches or maker.make(CHUNK, "train", generator)
-        cell = batches.pop().cells
-        with torch.autocast(device.type, torch.bfloat16):
-            seen = fast.features(fast.model, pixels(cell, fast.atlas, torch.bfloat16))[:, : cell.shape[1]]
-            scores = head(seen).flatten(0, 1).float().split(sizes, dim=1)
-        targets = contents[cell.flatten()].unbind(1)
-        losses = [F.cross_entropy(*pair, ignore_index=IGNORED) for pair in zip(scores, targets, strict=True)]
-        torch.stack(losses).sum().backward()
-        nn.utils.clip_grad_norm_(vision, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        hits = [(s.argmax(1) == t) | (t == IGNORED) for s, t in zip(scores, targets, strict=True)]
-        right = torch.stack(hits).all(0).float().mean()
-    return round(100 * right.item(), 2)
-
-
 def write_checkpoint(path: Path, **state: Any) -> None:
     """Whole or not at all."""
     torch.save(state, path.with_suffix(".new"))
@@ -253,8 +208,9 @@ def train(
     decay: float = 0.4,
     start_from: Path | None = None,
     cost: float | None = None,
+    pretraining: str = "cells",
 ) -> None:
-    """Train ``family`` and write the folder ``output``.
+    """Train ``family`` and write the folder ``output``; ``pretraining`` says what its tower learns first.
 
     It takes fewer steps if all would take more than ``minutes``. With ``cost`` it stops, while the learning rate falls,
     once the model is right in KNOWS percent of the image tasks and rounding to W3A16 costs fewer than ``cost`` points:
@@ -287,9 +243,9 @@ def train(
     log = Log(log_path, first if resuming else None)
     start = paced = last_save = last_line = time.monotonic()
     if not resuming and not start_from:
-        seen = teach_to_see(fast, stream.makers["look"], stream.generator)
-        log(step=0, seconds=round(time.monotonic() - start, 1), accuracy={"cells": seen})
-        print(f"{family}: {seen} % of the cells told apart after {time.monotonic() - start:.0f} s", flush=True)
+        seen = OBJECTIVES[pretraining](fast, processor, stream.makers["look"], stream.generator)
+        log(step=0, seconds=round(time.monotonic() - start, 1), pretraining=pretraining, accuracy=seen)
+        print(f"{family}: {pretraining} in {time.monotonic() - start:.0f} s, right in % of {seen}", flush=True)
 
     losses: list[torch.Tensor] = []
     step = first - 1
@@ -368,6 +324,7 @@ if __name__ == "__main__":
     parser.add_argument("--cost", type=float, help="stop when rounding to W3A16 costs fewer points")
     parser.add_argument("--start-from", type=Path, help="a trained folder of this family to go on from")
     parser.add_argument("--lr", dest="peak", type=float, default=1.5e-3)
+    parser.add_argument("--pretraining", choices=OBJECTIVES, default="cells", help="what the vision tower learns first")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT.checkpoint.pt")
     parser.add_argument("--device", type=torch.device, help="the GPU if there is one")

@@ -99,6 +99,7 @@ def _whole(model: nn.Module) -> dict[str, Any]:
         for name, module in model.named_modules()
         if tuple(path for path, each in module.named_parameters(recurse=False) if each.ndim == 3) == FUSED
         and all(getattr(module, key, None) == value for key, value in LAYOUT.items())
+        and not getattr(module, "has_post_expert_norm", False)
     }
 
 

@@ -163,6 +163,20 @@ INTERNVL_VISION_GROUPS = (
     ),
     LinearGroup("fc1", "layernorm_after", ("mlp.fc1",), "mlp", "mlp"),
 )
+DINOV2_GROUPS = (
+    LinearGroup("qkv", "norm1", ("attention.q_proj", "attention.k_proj", "attention.v_proj"), "attention", "attn"),
+    LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
+)
+DINOV2_GROUPS_5_17 = (  # as transformers 5.17 names them
+    LinearGroup(
+        "qkv",
+        "norm1",
+        ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+        "attention",
+        "attn",
+    ),
+    DINOV2_GROUPS[1],
+)
 FUSED_VISION_GROUPS = (  # Qwen2-VL's tower and the original InternViT
     LinearGroup("qkv", "norm1", ("attn.qkv",), "attn", "attn"),
     LinearGroup("fc1", "norm2", ("mlp.fc1",), "mlp", "mlp"),
@@ -188,6 +202,8 @@ PIXTRAL_GROUPS = (
 VISION_GROUPS = (
     SIGLIP_GROUPS,
     INTERNVL_VISION_GROUPS,
+    DINOV2_GROUPS,
+    DINOV2_GROUPS_5_17,
     FUSED_VISION_GROUPS,
     QWEN2_5_VISION_GROUPS,
     QWEN3_VISION_GROUPS,
@@ -397,6 +413,7 @@ TRAINED = (
     "LlavaOnevisionForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "Qwen2VLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
 )
 
 # Known, and not quantized yet: what they have that no group of linears describes.

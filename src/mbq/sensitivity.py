@@ -79,19 +79,31 @@ def measure(
         raise MBQError(
             "No calibration sample has an image, so vision cannot be weighed; add images, or quantize by --method awq."
         )
-    mask = released_language_mask if parity else language_mask
     own = batches[ranks.part(len(batches))]
     gradients = token_gradients(binding, own, storage, progress, inputs)
-    vision = torch.zeros(len(binding.blocks), len(PARTS), dtype=torch.float64)
-    language = torch.zeros_like(vision)
-    for batch, gradient in zip(own, gradients, strict=True):
-        seen = batch.vision.any(dim=1).cpu()
-        vision += _masked_means(gradient.double(), batch.vision.cpu())[..., seen].sum(-1)
-        language += _masked_means(gradient.double(), mask(batch).cpu()).sum(-1)
+    vision, language = (side.nansum(0) for side in sample_means(own, gradients, parity=parity))
     pictured = sum(int(batch.vision.any(dim=1).sum()) for batch in batches)
     samples = sum(len(batch.labels) for batch in batches)
     vision, language = ranks.total(vision) / pictured, ranks.total(language) / samples
     return Sensitivity(_by_part(vision), _by_part(language), parity)
+
+
+def sample_means(
+    batches: Sequence[CalibrationBatch], gradients: Sequence[torch.Tensor], *, parity: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``measure`` averages: means over a sample's vision tokens and over its language positions.
+
+    ``gradients`` are those of ``token_gradients``. Two float64 tensors [sample, block, part]; the first is NaN for
+    samples without an image.
+    """
+    mask = released_language_mask if parity else language_mask
+    vision, language = [], []
+    for batch, gradient in zip(batches, gradients, strict=True):
+        seen = batch.vision.any(dim=1).cpu()
+        means = _masked_means(gradient.double(), batch.vision.cpu())
+        vision.append(torch.where(seen, means, torch.nan).permute(2, 0, 1))
+        language.append(_masked_means(gradient.double(), mask(batch).cpu()).permute(2, 0, 1))
+    return torch.cat(vision), torch.cat(language)
 
 
 def ratios(sensitivity: Sensitivity, floor: float | None = None) -> dict[str, tuple[float, ...]]:

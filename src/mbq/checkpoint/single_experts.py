@@ -52,12 +52,17 @@ def transformers_note(model_type: str, scheme: Scheme) -> str:
 
 
 def vllm_note(scheme: Scheme) -> str:
-    """Markdown for the model card of a mixture of experts: what vLLM makes of it."""
-    serves = scheme.weights.symmetric and scheme.weights.bits in (4, 8)
+    """Markdown for the model card of a mixture of experts: what vLLM makes of it.
+
+    From ``compressed_tensors_moe.py`` at vLLM's 0043d6b, and the classes that it chooses from.
+    """
     read = "read in its source, not run"
-    if serves:
+    if scheme.weights.symmetric and (scheme.weights.bits == 8 or (scheme.weights.bits == 4 and not scheme.activations)):
         return f"vLLM reads the experts under these names, and has kernels for such weights ({read})."
-    return f"vLLM reads the experts under these names, but its kernels for them want symmetric 4 or 8 bits ({read})."
+    return (
+        f"vLLM reads the experts under these names, but has no kernels for such weights ({read}): W4A16_SYM and W8A8 "
+        "are those to serve."
+    )
 
 
 @contextmanager

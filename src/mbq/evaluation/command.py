@@ -100,7 +100,7 @@ def run(
     options: dict[str, Any] = {"tasks": tasks, "data": data, "images": images, "limit": limit}
     options |= {"include_path": include_path, "perplexity": perplexity}
     with tempfile.TemporaryDirectory(prefix="mbq-evaluate-") as scratch:
-        asked = _asked(Path(scratch), **options)
+        asked = _asked(Path(scratch), progress, **options)
         processor = mbq.load_processor(paths[0], loading.get("trust_remote_code", False))
         questions = None if asked.rows is None else prepare(asked.rows, processor, batch_size, progress)
         shown = None if questions is None else Examples(questions, answers, max_new_tokens, batch_size)
@@ -136,6 +136,7 @@ def run(
 
 def _asked(
     scratch: Path,
+    progress: Progress,
     tasks: Sequence[str] | None,
     data: str | Path | None,
     images: str | Path | None,
@@ -153,7 +154,7 @@ def _asked(
     text = None if perplexity is None else read_rows(perplexity, images, limit=limit)
     if include_path is not None and not others:
         raise MBQError("--include-path belongs to --tasks, which names none of the tasks there; name one, or leave it.")
-    public = find_tasks(others, include_path, known) if others else None
+    public = find_tasks(others, include_path, known, progress) if others else None
     rows = None
     if own or (tasks is None and (given is not None or perplexity is None)):
         rows = world_questions(scratch / "world", own, limit) if given is None else select(given, own, limit)

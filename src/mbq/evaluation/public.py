@@ -44,7 +44,9 @@ def installed() -> bool:
     return importlib.util.find_spec("lmms_eval") is not None
 
 
-def find_tasks(names: Sequence[str], include_path: str | Path | None, others: Sequence[str]) -> PublicTasks:
+def find_tasks(
+    names: Sequence[str], include_path: str | Path | None, others: Sequence[str], progress: Progress = silent
+) -> PublicTasks:
     """Load tasks, with their data, before any model.
 
     include_path  a folder with tasks of one's own, looked through first
@@ -74,8 +76,10 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None, others: Se
                 )
         written: list[str] = []
         compared: list[str] = []
-        for name in names:
+        for number, name in enumerate(names):
+            progress("load lmms-eval's tasks", number, len(names), name)
             (compared if _kinds(name, manager) & COMPARED else written).append(name)
+        progress("load lmms-eval's tasks", len(names), len(names), "")
     return PublicTasks(manager, written, compared)
 
 

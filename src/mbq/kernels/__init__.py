@@ -27,7 +27,7 @@ class Kernel(Protocol):
     def linear(self, x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor: ...
 
 
-# In the order of their speed in a decode step. At W4A8 humming is slower there than Triton, and faster in long prompts.
+# In the order of their speed in a decode step. At W4A8 humming is slower there than Triton.
 KERNELS: dict[str, Kernel] = {"cuda": cuda, "triton": triton, "humming": humming, "reference": reference}
 
 

@@ -1,7 +1,8 @@
 """Quantized activations in Triton: int8 codes a token, times int8 codes, or codes of up to 4 bits, an output row.
 
 Sums are int32 and exact; they are scaled once. Two kernels run: one reads x and writes codes and scales, the other
-multiplies. On Hopper the products are wgmma instructions, and weights of up to 4 bits are unpacked in registers.
+multiplies. On Hopper the products are wgmma instructions, and weights of up to 4 bits are unpacked in registers; more
+than a few rows of 16 bits are multiplied there in CUDA, of the same words, to the same bits (``prompt_int8.py``).
 
 A prepared weight of up to 4 bits holds two codes in a byte, runs of 128 inputs in 64 bytes: byte j has input j in its
 low half and input 64 + j in its high half, two's complement. One and-instruction makes four int8 codes of four high
@@ -45,8 +46,9 @@ class Tiles:
     group: int = 16
 
 
-# (rows at most, tiles), for 8-bit weights and for narrower ones. From 64 rows on what is fastest on an H200 for a 7B
-# layer's linears together (``benchmarks/prefill.py --tune``); below, by what the compiler made of them, without spills.
+# (rows at most, tiles), for 8-bit weights and for narrower ones. From 64 rows on, most of which are prompt_int8.py's,
+# what is fastest on an H200 for a 7B layer's linears together (``benchmarks/prefill.py --tune``); below, by what the
+# compiler made of them, without spills.
 HOPPER: dict[bool, tuple[tuple[float, Tiles], ...]] = {
     False: (
         (16, Tiles(16, 128, 128, stages=6, programs=2)),

@@ -143,24 +143,25 @@ def options(weight: PackedWeight, dtype: torch.dtype, tile: int) -> tuple[tuple[
     )
 
 
-@cache
 def _function(options: tuple[tuple[str, int], ...], index: int) -> compiled.Function | None:
     chosen = dict(options)
-    try:
-        library = compiled.library(compiled.read_source("prompt_int8.cu"), "prompt_int8.cu", "90a", options)
-        shared = shared_bytes(chosen["ROWS"], 16 * chosen["BITS"], chosen["STAGES"], chosen["BUFFERS"])
-        return compiled.Function(library, "prompt_int8", shared, index)
-    except compiled.CompilationError as error:
-        warnings.warn(f"Prompts with quantized activations run in Triton, slower: {error}.", MBQWarning, stacklevel=2)
-        return None
+    shared = shared_bytes(chosen["ROWS"], 16 * chosen["BITS"], chosen["STAGES"], chosen["BUFFERS"])
+    return _compiled("prompt_int8", options, shared, index)
 
 
-@cache
 def _quantizer(bits: int, dtype: torch.dtype, gated: bool, threads: int, vectors: int) -> compiled.Function | None:
     options = {"BITS": 8, "GROUP": 0, "BF16": int(dtype == torch.bfloat16), "MOST": 2 ** (bits - 1) - 1}
     options |= {"GATED": int(gated), "THREADS": threads, "VECTORS": vectors}
+    return _compiled("quantize", tuple(options.items()))
+
+
+@cache
+def _compiled(
+    name: str, options: tuple[tuple[str, int], ...], shared: int = 0, index: int = 0
+) -> compiled.Function | None:
     try:
-        library = compiled.library(compiled.read_source("quantize.cu"), "quantize.cu", "90a", tuple(options.items()))
-        return compiled.Function(library, "quantize")
-    except compiled.CompilationError:
+        library = compiled.library(compiled.read_source(f"{name}.cu"), f"{name}.cu", "90a", options)
+        return compiled.Function(library, name, shared, index)
+    except compiled.CompilationError as error:
+        warnings.warn(f"Prompts with quantized activations run in Triton, slower: {error}.", MBQWarning, stacklevel=2)
         return None
