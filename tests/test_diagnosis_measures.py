@@ -125,8 +125,8 @@ def test_batches_and_padding_change_nothing() -> None:
 
 
 def test_blocks_of_other_kinds_are_measured_too() -> None:
-    """LFM2's convolutions, and Qwen3-VL, which adds picture features to what later blocks read."""
-    for family in ("lfm2_vl", "qwen3_vl"):
+    """LFM2's convolutions, Qwen3-VL, which adds picture features to what later blocks read, and experts."""
+    for family in ("lfm2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe", "internvl3_5_moe"):
         model, processor = tiny_families.tiny(family)
         binding = bind(model)
         quantized: Any = mbq.quantize(model, processor, scheme="W8A8", method="rtn").model

@@ -160,7 +160,8 @@ class _Pair:
                 weight = original.get_submodule(path).get_parameter("weight")
                 self.rounded[path] = fake_quantize(weight, layer.scheme.weights)
                 self.activations = layer.scheme.activations
-        self.inputs = [Inputs(group, self.activations) for group in self.kind.groups]
+        # An expert reads a few tokens of its own choice; what all experts read is another group's.
+        self.inputs = [Inputs(group, self.activations) for group in self.kind.groups if group.routed is None]
 
     def read(
         self,
