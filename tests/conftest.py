@@ -70,6 +70,14 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(folder / "calib.jsonl", [row(f"{i}.png", ANSWERS[i % len(ANSWERS)]) for i in range(8)])
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A trained model to break and diagnose: ``tests.trained.Trained``."""
+    from tests.trained import Trained
+
+    return Trained(tmp_path_factory.mktemp("trained"))
+
+
 @pytest.fixture
 def options(calibration: Path) -> dict[str, Any]:
     images = calibration.parent / "images"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 
-from mbq.blocks import capture, forward, run, run_with
+from mbq import blocks
+from mbq.blocks import capture, forward, run, run_with, streamed
 from mbq.storage import in_memory
 from mbq.trace import GroupTrace, Look, trace
 from tests.calibrated import calibrated
@@ -128,3 +130,23 @@ def test_capture_leaves_modes_and_hooks_as_they_were(setting):
         assert not any(block._forward_pre_hooks for block in binding.blocks)
     finally:
         binding.model.eval()
+
+
+def test_a_streamed_model_has_one_block_in_place_at_a_time(setting, monkeypatch):
+    binding, batches = setting
+    with torch.no_grad():
+        wanted = forward(binding.model, batches[0]).logits
+    events = []
+
+    @contextmanager
+    def placed(binding, index):
+        events.append(("arrives", index))
+        yield binding.blocks[index]
+        events.append(("leaves", index))
+
+    monkeypatch.setattr(blocks, "placed", placed)
+    with streamed(binding), torch.no_grad():
+        assert torch.equal(forward(binding.model, batches[0]).logits, wanted)
+    assert events == [(what, index) for index in range(len(binding.blocks)) for what in ("arrives", "leaves")]
+    forward(binding.model, batches[0])
+    assert len(events) == 2 * len(binding.blocks), "no hook is left"

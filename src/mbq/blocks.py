@@ -7,7 +7,7 @@ Hidden states and activations are lists with one tensor a calibration batch, bec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,38 @@ def placed(binding: Binding, index: int, changes: bool = False) -> Iterator[nn.M
             for parameter, data in before:
                 parameter.data = data
             block.to("cpu")
+
+
+@contextmanager
+def streamed(binding: Binding) -> Iterator[None]:
+    """Inside, a block that waits on the CPU comes to the model's device when it is called, and goes back afterwards.
+
+    The model runs as if it were there whole; each pass takes as long as its weights take to travel.
+    """
+    here: dict[int, ExitStack] = {}
+
+    def arrive(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            here[index] = ExitStack()
+            here[index].enter_context(placed(binding, index))
+
+        return hook
+
+    def leave(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            here.pop(index).close()
+
+        return hook
+
+    with hooked() as hooks:
+        for index, block in enumerate(binding.blocks):
+            hooks.append(block.register_forward_pre_hook(arrive(index)))
+            hooks.append(block.register_forward_hook(leave(index)))
+        try:
+            yield
+        finally:
+            for stack in here.values():  # of a pass that failed
+                stack.close()
 
 
 def forward(model: nn.Module, batch: CalibrationBatch) -> Any:

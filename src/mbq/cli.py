@@ -505,6 +505,59 @@ def compare_command(
 
 
 @command
+def diagnose_command(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A quantized folder.")],
+    baseline: Annotated[str, typer.Option(help="The float model that it was made from.", metavar="MODEL")],
+    data: Annotated[str, typer.Option(help="Rows with answers: JSON, JSONL, or a datasets folder.", metavar="PATH")],
+    images: Images = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write diagnosis.json: a file, or a folder.", metavar="PATH")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Rows for the errors of blocks.")] = 32,
+    limit: Annotated[int, typer.Option(help="Questions a task, for the accuracy.")] = 100,
+    answers: Annotated[int, typer.Option(help="Questions whose answers are written out; 0: none.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="The longest answer, in tokens.")] = 64,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time decode steps.")] = True,
+    max_seq_length: Length = DEFAULT.max_seq_length,
+    batch_size: Annotated[int, typer.Option(help="Rows that go through a model at once.")] = 8,
+    seed: Seed = DEFAULT.seed,
+    device: Device = DEFAULT.device,
+    dtype: Dtype = DEFAULT.dtype,
+    offload: Offload = DEFAULT.offload,
+    trust_remote_code: Trust = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure a quantized model beside its float model; say what went wrong and what to try."""
+    from mbq.diagnosis import Loading, diagnose, record
+    from mbq.diagnosis.tables import show
+
+    if output is not None:
+        record.target(output)
+    with shown(_errors()) as progress:
+        found = diagnose(
+            folder,
+            baseline,
+            data=data,
+            images=images,
+            loading=Loading(device, dtype, offload, trust_remote_code),
+            progress=progress,
+            samples=samples,
+            limit=limit,
+            answers=answers,
+            max_new_tokens=max_new_tokens,
+            max_seq_length=max_seq_length,
+            batch_size=batch_size,
+            seed=seed,
+            speed=speed,
+        )
+    show(found, Console())
+    if output is not None:
+        typer.echo(f"Wrote {record.write(found, output)}.")
+    elif Path(folder).is_dir():
+        typer.echo(f"To keep it beside the model: --output {folder}")
+
+
+@command
 def report_command(
     folders: Annotated[
         list[Path],

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from mbq.conditions import Condition, condition_from
 from mbq.errors import MBQError
 from mbq.images import ImageSource, image_bytes, image_source, open_image
 
@@ -28,11 +29,13 @@ class Row:
               {"type": "text", "text": str} or {"type": "image", "image": ImageSource}; images stand in user turns only
     where     the row's place for messages to the user: "calib.jsonl, line 7"
     task      what an evaluation counts the row under
+    condition  what the question asks of the form of its answer
     """
 
     messages: list[dict[str, Any]]
     where: str
     task: str | None = None
+    condition: Condition | None = None
 
     @property
     def images(self) -> list[ImageSource]:
@@ -123,7 +126,8 @@ def row_from(record: Any, where: str, folder: Path, require_answer: bool = True)
     if require_answer and not (answers and all(answer.strip() for answer in answers)):
         raise MBQError(f"{where}: the row has no answer; give it an assistant message with text, or leave the row out.")
     task = record.get("task")
-    return Row(messages, where, None if task is None else str(task))
+    condition = condition_from(record.get("condition"), where)
+    return Row(messages, where, None if task is None else str(task), condition)
 
 
 def _message(turn: dict[str, Any], waiting: Iterator[ImageSource], folder: Path, where: str) -> dict[str, Any]:

@@ -44,6 +44,18 @@ def answer_logits(model: Any, questions: Questions) -> Iterator[tuple[Batch, tor
         yield batch.to(model.device), logits
 
 
+@torch.inference_mode()
+def answer_losses(model: Any, questions: Questions) -> torch.Tensor:
+    """float32 [row]: mean -log p of the answer's own tokens, without the end of turn; NaN where it has none."""
+    found = torch.full((len(questions),), float("nan"))
+    for batch, logits in answer_logits(model, questions):
+        losses = torch.nn.functional.cross_entropy(logits.float(), batch.labels, reduction="none")
+        own = (~batch.ends).float()
+        sums, counts = (losses.new_zeros(len(batch.rows)).index_add_(0, batch.question, x) for x in (losses * own, own))
+        found[batch.rows.cpu()] = (sums / counts).cpu()
+    return found
+
+
 def _all_right(logits: torch.Tensor, batch: Batch, ends: torch.Tensor) -> torch.Tensor:
     """Bool [question]: the argmax is right wherever a token of the answer or its end is predicted."""
     best = logits.max(-1).indices  # the first of equals, as argmax, which is four times slower on CPUs in bf16
