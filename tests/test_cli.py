@@ -14,8 +14,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import mbq
-from mbq import cli
 from mbq.cli import app
+from mbq.cli.command import set_up_logging
 from mbq.errors import MBQWarning
 from mbq.recipe import Recipe
 from tests import tiny
@@ -159,7 +159,7 @@ def test_a_mistake_has_a_traceback_only_when_asked_for(tmp_path: Path) -> None:
 
 def test_warnings_of_mbq_are_shown_and_others_are_not(capsys: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
-        cli._set_up_logging(0)
+        set_up_logging(0)
         warnings.warn("Slower: no compiler.", MBQWarning, stacklevel=1)
         warnings.warn("Something old.", DeprecationWarning, stacklevel=1)
     assert capsys.readouterr().err == "mbq: Slower: no compiler.\n"
