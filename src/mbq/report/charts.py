@@ -77,10 +77,13 @@ def _equal(params: Mapping[str, Any], *names: str) -> list[Spec]:
     return _where(*(f"datum.{name} == {name}" for name in names if name in params))
 
 
-def modalities_by_block(rows: Rows, params: Mapping[str, Any], title: str, description: str) -> Spec:
+def modalities_by_block(
+    rows: Rows, params: Mapping[str, Any], title: str, description: str, ticks: str = ".0e"
+) -> Spec:
     """Two lines over the blocks, language and vision, on a logarithmic axis; a rule at the block that is looked at.
 
-    rows  {"model", "part", "block", "series", "value"}; what is not above 0 has no place on the axis
+    rows   {"model", "part", "block", "series", "value"}; what is not above 0 has no place on the axis
+    ticks  how the axis writes numbers, as d3-format has it
     """
     encoding = {
         "x": _BLOCK,
@@ -89,7 +92,7 @@ def modalities_by_block(rows: Rows, params: Mapping[str, Any], title: str, descr
             "type": "quantitative",
             "title": title,
             "scale": {"type": "log"},
-            "axis": {"format": ".0e", "tickCount": 5},
+            "axis": {"format": ticks, "tickCount": 5},
         },
     }
     seen = {

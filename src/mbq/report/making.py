@@ -203,7 +203,7 @@ def diagnosis_panel(subjects: Sequence[Subject]) -> Panel | None:
         )
         rows.append([label, ERRORS[kind], PARTS[part], str(block), *found])
     about = "Relative error of the outputs of each block against the float model, for language and vision tokens."
-    spec = charts.modalities_by_block(errors, params, "relative error", about)
+    spec = charts.modalities_by_block(errors, params, "relative error", about, ticks="~g")
     return Panel(
         "diagnosis",
         charts=[Chart("errors", "Relative output error a block", spec)],
