@@ -55,7 +55,8 @@ def test_it_shows_an_answer_a_model_beside_its_picture(printed: tuple[str, Path]
 
 def test_it_ends_with_a_page_about_all_models(printed: tuple[str, Path]) -> None:
     text, output = printed
-    [line] = [line for line in text.splitlines() if line.startswith("All of it on one page: ")]
+    line = text.splitlines()[-1]
+    assert line.startswith("All of it on one page: ")
     html = Path(line.removeprefix("All of it on one page: ")).read_text("utf-8")
     names = ["float", *(f"{scheme}-{method}" for scheme, methods in module.SCHEMES.items() for method in methods)]
     assert sorted(path.name for path in (output / "runs").iterdir()) == sorted(names)

@@ -96,8 +96,8 @@ def demo(
     for line in (
         f"The quantized models are in {output}; MBQ's at 3 bits: {output / 'W3A16-mbq'}",
         f'Ask it yourself: mbq generate {output / "W3A16-mbq"} --image PICTURE --prompt "..."',
-        f"All of it on one page: {output / 'report.html'}",
         f"The demo took {time.monotonic() - started:.0f} s.",
+        f"All of it on one page: {output / 'report.html'}",
     ):
         console.print(line, highlight=False, soft_wrap=True)
 
