@@ -50,7 +50,6 @@ def test_the_command_names_every_class() -> None:
 
 EVIDENCE = {  # what a class must hold for its reason to be true: paths in a block
     "experts": ("mlp.experts.gate_up_proj", "feed_forward.experts.gate_up_proj"),
-    "cross-attention": ("cross_attn.k_proj.weight",),
 }
 
 

@@ -368,6 +368,8 @@ def randomize(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if ".experts." in name:  # [expert, out, in]
             parameter.normal_(std=parameter.shape[-1] ** -0.5)
+        elif name.endswith(("attn_gate", "mlp_gate")):  # of cross-attention, through tanh
+            parameter.fill_(0.5)
         elif parameter.ndim > 1 and "embed" not in name:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
         elif parameter.ndim > 1:

@@ -49,6 +49,10 @@ from transformers import (
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    MllamaImageProcessor,
+    MllamaProcessor,
     OPTConfig,
     PixtralImageProcessor,
     PixtralProcessor,
@@ -358,6 +362,33 @@ def _blip2() -> tuple[Any, Any]:
     return Blip2ForConditionalGeneration(config), processor
 
 
+def _mllama() -> tuple[Any, Any]:
+    """A block with self-attention, and one with cross-attention; the image token has an embedding, but no logit."""
+    tokens = tokenizer(["<|python_tag|>", "<|begin_of_text|>", "<|image|>"])
+    tokens.bos_token = "<|begin_of_text|>"
+    begin = "{%- if loop.first %}{{- '<|begin_of_text|>' }}{%- endif %}\n"
+    processor = MllamaProcessor(
+        MllamaImageProcessor(size={"height": 56, "width": 56}, max_image_tiles=2),
+        tokens,
+        chat_template=CHATML_TEMPLATE.replace("FIRST\n", begin).replace("IMAGE", "<|image|>"),
+    )
+    vision = {
+        **_vision(num_hidden_layers=1, num_global_layers=1),
+        "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 64,
+    }
+    text = text_config(tokens, bos_token_id=tokens.bos_token_id, cross_attention_layers=[1])
+    image = tokens.convert_tokens_to_ids("<|image|>")
+    config = MllamaConfig(
+        vision_config={**vision, "attention_heads": vision.pop("num_attention_heads")},
+        text_config={**text, "vocab_size": image},
+        image_token_index=image,
+    )
+    return MllamaForConditionalGeneration(config), processor
+
+
 BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
@@ -385,6 +416,7 @@ BUILDERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     ),
     "blip2": _blip2,
     "lfm2_vl": _lfm2_vl,
+    "mllama": _mllama,
     "idefics3": lambda: _idefics3(Idefics3Config, Idefics3ForConditionalGeneration),
     "smolvlm": lambda: _idefics3(SmolVLMConfig, SmolVLMForConditionalGeneration),
 }

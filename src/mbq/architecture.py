@@ -31,6 +31,7 @@ class LinearGroup:
              gate_up_proj: the gate's, then up's), the number of those that are the group's channels times something
     routed   the experts' path in the block, and the number of the one whose tokens alone the group reads
     mixture  some of its linears are those of experts, each of which reads the tokens that the router sends there
+    tokens   its linears read a row a token; those of a cross-attention's keys and values read the picture's states
 
     "mlp.experts.*.up_proj" stands for that linear of every expert of a mixture, and a group whose ``prev`` has a star
     for one group an expert, "down.0" and so on. ``BlockKind.of`` writes them out, and sets the last two fields.
@@ -44,6 +45,7 @@ class LinearGroup:
     section: int | None = None
     routed: tuple[str, int] | None = None
     mixture: bool = False
+    tokens: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Architecture:
     projector       path of the projector, or None where it is inside the tower
     kept            what stays 16-bit although it holds linears (tower, projector, lm_head), as compressed-tensors'
                     ``ignore``: exact names, or "re:" expressions that match module names and checkpoint names alike
-    vision_tokens   attributes of the config (or the model) that hold the ids of vision tokens ("image_token_id")
+    vision_tokens   attributes of the config (or the model) that hold the ids of vision tokens ("image_token_id"); none
+                    where pictures are no tokens, but read by blocks with cross-attention, which text alone leaves out
     fused_qkv       the group "qkv" is one fused linear with interleaved rows (InternLM2's wqkv)
     norm_offset     what the blocks' norms add to their weight before they multiply by it (Gemma: 1)
     others          further kinds of blocks in the same list (LFM2's convolutions)
@@ -119,7 +122,7 @@ class Binding:
     """A model and the architecture that describes it; every name in here exists.
 
     kinds           of each block
-    vision_tokens   ids of the image and video tokens
+    vision_tokens   ids of the image and video tokens; none where pictures are no tokens
     names           full paths of the linears that are quantized, block by block
     kept            full paths of the linears that stay 16-bit
     """
@@ -243,6 +246,8 @@ def _kept(name: str, architecture: Architecture) -> bool:
 
 
 def _vision_tokens(model: nn.Module, architecture: Architecture) -> frozenset[int]:
+    if not architecture.vision_tokens:
+        return frozenset()
     holders = (getattr(model, "config", None), model)
     found = (getattr(holder, name, None) for name in architecture.vision_tokens for holder in holders)
     ids = frozenset(value for value in found if isinstance(value, int))

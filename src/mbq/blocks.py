@@ -7,7 +7,7 @@ Hidden states and activations are lists with one tensor a calibration batch, bec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,16 +27,20 @@ _TUPLES: dict[type, bool] = {}  # classes of blocks: whether they return a tuple
 class Call:
     """The arguments of one call of a module, without the hidden states where the module is a block.
 
-    added  what the model adds to a block's hidden states before the call (the visual features of early blocks)
+    added   what the model adds to a block's hidden states before the call (the visual features of early blocks)
+    called  False where the model leaves the block out (cross-attention of a text without pictures), which gives what it
+            gets
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     added: torch.Tensor | None = None
+    called: bool = True
 
     def to(self, device: torch.device) -> Call:
         memo: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        return Call(*(moved(each, _to(device), memo) for each in (self.args, self.kwargs, self.added)))
+        args, kwargs, added = (moved(each, _to(device), memo) for each in (self.args, self.kwargs, self.added))
+        return Call(args, kwargs, added, self.called)
 
     def tensors(self) -> list[torch.Tensor]:
         """Those among the arguments, in order."""
@@ -63,6 +67,7 @@ def capture(binding: Binding, batches: Sequence[CalibrationBatch], storage: Keep
     """The first block's hidden states [batch, token, channel] a batch, and ``calls[block][batch]`` of every block.
 
     The model runs without its blocks, which are let through as zeros: what a later block gets is what the model added.
+    It may leave out any block but the first.
     Caches are off.
     """
     hidden: list[torch.Tensor] = []
@@ -86,10 +91,10 @@ def capture(binding: Binding, batches: Sequence[CalibrationBatch], storage: Keep
             hooks.append(block.register_forward_pre_hook(hook, with_kwargs=True))
         for batch in batches:
             memo.clear()
-            try:
+            with suppress(_LastBlock):
                 forward(binding.model, batch)
-            except _LastBlock:
-                continue
+            for each in calls:
+                each.extend([Call((), {}, called=False)] * (len(hidden) - len(each)))
     return hidden, calls
 
 
@@ -179,9 +184,17 @@ def run(block: nn.Module, hidden: torch.Tensor, call: Call) -> torch.Tensor:
     """The block's output [batch, token, channel], on the block's device."""
     device = device_of(block)
     call, hidden = call.to(device), hidden.to(device)
+    if not call.called:
+        return hidden
     if call.added is not None:
         hidden = hidden + call.added
     return first(block(hidden, *call.args, **call.kwargs))
+
+
+def reached(calls: Sequence[Call], lengths: Sequence[int]) -> torch.Tensor:
+    """bool [token]: those that a block is called with, batches of these ``lengths`` one after the other."""
+    called = [torch.full((length,), call.called) for call, length in zip(calls, lengths, strict=True)]
+    return torch.cat(called) if called else torch.zeros(0, dtype=torch.bool)
 
 
 @torch.no_grad()

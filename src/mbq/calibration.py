@@ -21,6 +21,9 @@ INTERLEAVED_TOKENS = 512  # of plain text between two pairs, in the paper's inte
 NO_LABEL = -100
 
 
+CROSS_ATTENTION_MASK = "cross_attention_mask"  # [sample, token, picture, tile], where pictures are no tokens
+
+
 @dataclass(frozen=True)
 class CalibrationBatch:
     """One right-padded batch. All tensors are [batch, token] unless the model's processor says otherwise.
@@ -127,18 +130,30 @@ def encode(
         raise MBQError(f"{row.where}: the model's processor refuses the row ({reason}); mend it or drop it.") from error
     ids = inputs["input_ids"]
     vision = torch.isin(ids, torch.tensor(sorted(vision_token_ids), dtype=ids.dtype))
+    # Where pictures are no tokens, one stands for each all the same, and parts the text.
+    images = vision if vision_token_ids else ids == processor.image_token_id
     if not spans:
         raise MBQError(f"{row.where}: the row has no answer; give it an assistant message with text, or drop it.")
-    answers = answer_tokens(text, spans, ids[0].tolist(), vision[0].tolist(), processor, row.where, end_of_turn)
-    _check_length(answers, vision[0], max_length, row.where)
-    cut = {key: value[:, :max_length] if value.shape == ids.shape else value for key, value in inputs.items()}
+    answers = answer_tokens(text, spans, ids[0].tolist(), images[0].tolist(), processor, row.where, end_of_turn)
+    _check_length(answers, images[0], max_length, row.where)
+    cut = {
+        key: value[:, :max_length] if value.shape == ids.shape or key == CROSS_ATTENTION_MASK else value
+        for key, value in inputs.items()
+    }
     return CalibrationBatch(cut, torch.where(answers, ids, NO_LABEL)[:, :max_length], vision[:, :max_length])
 
 
 def _alike(samples: Sequence[CalibrationBatch], batch_size: int) -> list[list[int]]:
-    """Which samples make a batch: those of about the same length, so that little is padded, in the order they came."""
-    order = sorted(range(len(samples)), key=lambda index: samples[index].labels.shape[1] if batch_size > 1 else 0)
-    return [sorted(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    """Which samples make a batch: those of about the same length, so that little is padded, in the order they came.
+
+    Where cross-attention reads pictures, samples with another number of them stay apart: a token before the first
+    picture sees all that is there, and would see what fills up the others' places.
+    """
+    parts: dict[int, list[int]] = {}
+    for index in sorted(range(len(samples)), key=lambda i: samples[i].labels.shape[1] if batch_size > 1 else 0):
+        mask = samples[index].inputs.get(CROSS_ATTENTION_MASK)
+        parts.setdefault(0 if mask is None else mask.shape[2], []).append(index)
+    return [sorted(part[i : i + batch_size]) for part in parts.values() for i in range(0, len(part), batch_size)]
 
 
 def _process(processor: Any, text: str, pictures: list[Any]) -> dict[str, torch.Tensor]:
@@ -176,7 +191,10 @@ def collate(samples: Sequence[CalibrationBatch], pad_token_id: int) -> Calibrati
     inputs: dict[str, Any] = {}
     for key in dict.fromkeys(key for sample in samples for key in sample.inputs):
         values = [sample.inputs[key] for sample in samples if key in sample.inputs]
-        if all(sample.inputs[key].shape == sample.labels.shape for sample in samples if key in sample.inputs):
+        of_tokens = (sample.inputs[key].shape == sample.labels.shape for sample in samples if key in sample.inputs)
+        if key == CROSS_ATTENTION_MASK:
+            values = [_padded(value, longest, 0) for value in values]
+        elif all(of_tokens):
             fill = pad_token_id if key == "input_ids" else 0
             # A text-only row may lack mm_token_type_ids, where 0 is text.
             rows = [sample.inputs.get(key, torch.zeros_like(sample.labels)) for sample in samples]

@@ -97,7 +97,10 @@ def mae_weights(roles: TokenRoles, ratio: float) -> torch.Tensor:
 
 def mse_weights(roles: TokenRoles, ratio: float) -> torch.Tensor:
     """MBQ's MSE as released: the mean over language tokens plus ``ratio`` times the mean over vision tokens."""
-    return roles.language.double() / roles.language.sum() + ratio * roles.vision.double() / roles.vision.sum()
+    language = roles.language.double() / roles.language.sum()
+    if not roles.vision.any():
+        return language
+    return language + ratio * roles.vision.double() / roles.vision.sum()
 
 
 def gradient_weights(roles: TokenRoles, language: float, vision: float) -> torch.Tensor:

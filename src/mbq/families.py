@@ -82,6 +82,19 @@ DELTA_NET = BlockKind(
     mlp_output="mlp.down_proj",
 )
 
+# Llama 3.2 Vision: blocks that read pictures by cross-attention. What their keys and values read has no norm and is the
+# same in all of them, so that nothing is folded there.
+CROSS_ATTENTION = BlockKind(
+    groups=(
+        LinearGroup("q", "input_layernorm", ("cross_attn.q_proj",), "cross_attn", "attn"),
+        LinearGroup("kv", "", ("cross_attn.k_proj", "cross_attn.v_proj"), "cross_attn", "attn", tokens=False),
+        LinearGroup("o", "cross_attn.v_proj", ("cross_attn.o_proj",), "cross_attn.o_proj", "attn"),
+        *LLAMA_GROUPS[2:],
+    ),
+    attn_output="cross_attn.o_proj",
+    mlp_output="mlp.down_proj",
+)
+
 # A mixture of experts in the place of the MLP. The router reads the same norm: it is folded, and stays in 16 bits.
 # "down" is a group an expert, which sees the tokens that are sent there.
 ROUTER_PATH = "mlp.gate"
@@ -346,6 +359,21 @@ LFM2_VL = Architecture(
     others=(LFM2_CONVOLUTION,),
 )
 
+# A picture is one token that stands for nothing, so it is no vision token. Checkpoints put lm_head into language_model.
+MLLAMA = Architecture(
+    model_class="MllamaForConditionalGeneration",
+    models="Llama 3.2 Vision",
+    blocks="model.language_model.layers",
+    groups=LLAMA_GROUPS,
+    attn_output="self_attn.o_proj",
+    mlp_output="mlp.down_proj",
+    vision_tower="model.vision_model",
+    projector="model.multi_modal_projector",
+    kept=("re:.*lm_head$", "re:.*vision_model.*", "re:.*multi_modal_projector.*"),
+    vision_tokens=(),
+    others=(CROSS_ATTENTION,),
+)
+
 BLIP2 = Architecture(
     model_class="Blip2ForConditionalGeneration",
     models="BLIP-2 (OPT)",
@@ -405,6 +433,7 @@ FAMILIES: dict[str, tuple[Architecture, ...]] = {
     "Idefics3ForConditionalGeneration": (IDEFICS3,),
     "SmolVLMForConditionalGeneration": (SMOLVLM,),
     "Lfm2VlForConditionalGeneration": (LFM2_VL,),
+    "MllamaForConditionalGeneration": (MLLAMA,),
     "Blip2ForConditionalGeneration": (BLIP2,),
 }
 
@@ -419,5 +448,4 @@ TRAINED = (
 # Known, and not quantized yet: what they have that no group of linears describes.
 REFUSED = {
     "Llama4ForConditionalGeneration": "experts whose inputs are scaled by the router, in one tensor a block",
-    "MllamaForConditionalGeneration": "no vision tokens: blocks of another kind read pictures by cross-attention",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 
 PART_NAMES = {"attn": "attention", "mlp": "MLP"}
 COLOURS = {"language": "#c1452b", "vision": "#2b6cb0"}
+NO_VISION = "No vision tokens stand in this model's sequence: its blocks read pictures by cross-attention."
 _BAR = 16
 
 
 def sensitivity_table(sensitivity: Sensitivity) -> Table:
     """A row a block: mean absolute gradient of both modalities after attention and after the MLP, and their ratio.
 
-    The bars show the attention's two values on one logarithmic scale.
+    The bars show the attention's two values on one logarithmic scale. Of a model without vision tokens that is said.
     """
     table = Table(
         title="Mean |gradient| of the answer's loss; ratio: language / vision",
@@ -30,28 +32,32 @@ def sensitivity_table(sensitivity: Sensitivity) -> Table:
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
+    if sensitivity.vision is None:
+        table.caption, table.caption_justify = NO_VISION, "left"
     table.add_column("block", justify="right", no_wrap=True)
     for part in PART_NAMES:
         for column in ("language", "vision", "ratio"):
             table.add_column(f"{part}\n{column}", justify="right", no_wrap=True)
     table.add_column("attn, log scale:\nlanguage, vision", no_wrap=True)
-    language, vision = sensitivity.language, sensitivity.vision
-    low, high = _range([*language["attn"], *vision["attn"]])
+    language = sensitivity.language
+    nothing = (None,) * len(language["attn"])
+    vision: Mapping[str, Sequence[float | None]] = sensitivity.vision or dict.fromkeys(PART_NAMES, nothing)
+    low, high = _range([*language["attn"], *(value for value in vision["attn"] if value is not None)])
     for block in range(len(language["attn"])):
         cells = [str(block)]
         for part in PART_NAMES:
             cells += _cells(language[part][block], vision[part][block])
         bars = (
-            f"[{COLOURS[modality]}]{_bar(values['attn'][block], low, high)}[/]"
+            f"[{COLOURS[modality]}]{_bar(values['attn'][block] or 0.0, low, high)}[/]"
             for modality, values in (("language", language), ("vision", vision))
         )
         table.add_row(*cells, "\n".join(bars))
     return table
 
 
-def _cells(language: float, vision: float) -> list[str]:
+def _cells(language: float, vision: float | None) -> list[str]:
     ratio = f"{language / vision:.1f}" if vision else "-"  # nothing attends to the last block's vision tokens
-    return [f"{language:.1e}", f"{vision:.1e}", ratio]
+    return [f"{language:.1e}", "-" if vision is None else f"{vision:.1e}", ratio]
 
 
 def _range(values: list[float]) -> tuple[float, float]:
@@ -74,15 +80,15 @@ def save_sensitivity_picture(sensitivity: Sensitivity, path: Path, title: str) -
     from matplotlib.figure import Figure
 
     blocks = range(len(sensitivity.language["attn"]))
-    by_modality = (sensitivity.language, sensitivity.vision)
-    low, high = _range([value for values in by_modality for part in PART_NAMES for value in values[part]])
+    sides = {"language": sensitivity.language, "vision": sensitivity.vision}
+    by_modality = {modality: values for modality, values in sides.items() if values is not None}
+    low, high = _range([value for values in by_modality.values() for part in PART_NAMES for value in values[part]])
     figure = Figure(figsize=(9, 1.8 + 0.3 * len(blocks)), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, (part, name) in zip(figure.subplots(1, 2, sharey=True), PART_NAMES.items(), strict=True):
-        for shift, modality in ((-0.2, "language"), (0.2, "vision")):
-            values = getattr(sensitivity, modality)[part]
+        for shift, (modality, values) in zip((-0.2, 0.2), by_modality.items(), strict=False):
             rows = [block + shift for block in blocks]
-            panel.barh(rows, values, height=0.4, color=COLOURS[modality], label=f"{modality} tokens")
+            panel.barh(rows, values[part], height=0.4, color=COLOURS[modality], label=f"{modality} tokens")
         panel.set_xscale("log")
         panel.set_title(name)
         panel.set_xlabel("mean |dL/dY|")

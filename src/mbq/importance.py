@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mbq.architecture import Binding
-from mbq.blocks import capture, hooked, placed, run
+from mbq.blocks import capture, hooked, placed, reached, run
 from mbq.calibration import CalibrationBatch
 from mbq.equalization import uniform_weights
 from mbq.methods.method import Method, SearchOptions
@@ -48,8 +48,9 @@ def importance(
     """Sum over tokens of w_t x_t^2, by the sum of w_t, for the linears of the binding's groups.
 
     x is what a linear reads now, equalized if the model is; w_t are the token weights of ``method``, all the same where
-    it has none (SmoothQuant). Linears of a group share a tensor. ``sensitivity`` is what methods that weigh need;
-    ``storage`` keeps hidden states. All ``batches`` run here, of several ranks too.
+    it has none (SmoothQuant), and for what is no token (the states of pictures). Linears of a group share a tensor;
+    those of blocks that no sample goes through have none. ``sensitivity`` is what methods that weigh need; ``storage``
+    keeps hidden states. All ``batches`` run here, of several ranks too.
     """
     roles = token_roles(batches, options.parity)
     weighing = weighings(sensitivity, options) if method.weighs else None
@@ -61,22 +62,36 @@ def importance(
             for group in binding.kinds[index].groups:
                 own = None if weighing is None else weighing[group.part][index]
                 weights = method.token_weights(roles, own, options) if method.token_weights else uniform_weights(roles)
-                reads[group] = _Squares(weights.double() / weights.double().sum(), roles.lengths)
+                weights = weights.double() * reached(calls[index], roles.lengths).to(weights.device)
+                reads[group] = _Squares((weights / weights.sum()).split(list(roles.lengths)) if group.tokens else None)
                 hooks.append(block.get_submodule(group.linears[0]).register_forward_pre_hook(reads[group].read))
-            hidden = [kept(run(block, x, call), storage) for x, call in zip(hidden, calls[index], strict=True)]
+            for number, call in enumerate(calls[index]):
+                for read in reads.values():
+                    read.batch = number
+                hidden[number] = kept(run(block, hidden[number], call), storage)
         for group, read in reads.items():
-            mean = read.total.float().cpu()
+            if not any(call.called for call in calls[index]):
+                continue
+            mean = (read.total / read.rows if read.weights is None else read.total).float().cpu()
             found |= dict.fromkeys((binding.name(index, path) for path in group.linears), mean)
     return Importance(found, sum(len(batch.labels) for batch in batches), int(roles.counted.sum()))
 
 
 class _Squares:
-    """A hook that adds up weighted squares, batch after batch; ``total`` [channel] in float64."""
+    """A hook that adds up squares, weighted by the ``weights`` of the ``batch`` that runs; None: all rows the same.
 
-    def __init__(self, weights: torch.Tensor, lengths: Sequence[int]) -> None:
-        self.waiting = iter(weights.split(list(lengths)))
+    ``total`` [channel] in float64; ``rows``: how many these are.
+    """
+
+    batch = 0
+    rows = 0
+
+    def __init__(self, weights: Sequence[torch.Tensor] | None) -> None:
+        self.weights = weights
         self.total = torch.zeros(())
 
     def read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0].flatten(0, -2).double()
-        self.total = self.total.to(x.device) + next(self.waiting).to(x.device) @ x.square()
+        self.rows += len(x)
+        weights = x.new_ones(len(x)) if self.weights is None else self.weights[self.batch].to(x.device)
+        self.total = self.total.to(x.device) + weights @ x.square()

@@ -158,7 +158,8 @@ def _trust_option(recipe: Recipe) -> str:
 
 
 _FILES = {
-    "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
+    "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens; "
+    "null where the model has no vision tokens.",
     "search.json": "`search.json` holds the chosen alpha and the loss at every alpha, a group of linears a row.",
     "measurements.json": "`measurements.json` holds what the run took: seconds a step, bytes, memory.",
     "report.html": "`report.html` shows all of it, in any browser.",

@@ -172,6 +172,13 @@ def make(
                 kept = plan.inputs or plan.traces
                 inputs = capture(binding, batches[ranks.part(len(batches))], plan.storage(kept))
         sensitivity = None
+        if chosen.weighs and not binding.vision_tokens and ranks.rank() == 0:
+            warnings.warn(
+                f"Pictures are no tokens of {type(own).__name__}, so there is nothing to balance: {chosen.name} weighs "
+                "the answers' tokens alone.",
+                MBQWarning,
+                stacklevel=2,
+            )
         if chosen.weighs:
             with _timed(seconds, "sensitivity"):
                 sensitivity = _measured(binding, batches, inputs, recipe, plan, progress, state)

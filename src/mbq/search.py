@@ -13,7 +13,7 @@ from torch import nn
 
 from mbq import ranks
 from mbq.architecture import Binding, LinearGroup
-from mbq.blocks import Call, Inputs, capture, device_of, placed, run_with
+from mbq.blocks import Call, Inputs, capture, device_of, placed, reached, run_with
 from mbq.calibration import CalibrationBatch, language_mask, released_language_mask
 from mbq.equalization import ALPHAS, POWERS, TokenRoles, check_norm, fold, value_rows
 from mbq.errors import MBQError
@@ -115,7 +115,8 @@ def equalize_model(
                 progress("search", index + 1, len(binding.blocks), f"block {index}, done before")
                 continue
             routes = _routes(binding, index, hidden, calls[index], search.roles)
-            work = [search.group(index, group, routes) for group in binding.kinds[index].groups]
+            roles = _reached(binding, search.roles, calls[index])
+            work = [search.group(index, group, routes, roles) for group in binding.kinds[index].groups]
             hidden, finite = trace(block, [made.targets for made in work], hidden, calls[index], storage)
             search.check(index, work, finite)
             if options.distorted_input:
@@ -143,6 +144,16 @@ def _routes(
     """Where a block's tokens go, by the path of its experts; nothing for a block without a mixture."""
     paths = {group.routed[0] for group in binding.kinds[index].groups if group.routed is not None}
     return {path: routing(binding.blocks[index], path, hidden, calls, roles) for path in sorted(paths)}
+
+
+def _reached(binding: Binding, roles: TokenRoles, calls: Sequence[Call]) -> TokenRoles:
+    """The roles of the tokens that the block is called with; of others it is none."""
+    if binding.vision_tokens:
+        return roles
+    found = torch.zeros(len(roles.counted), device=roles.counted.device)
+    found[roles.own] = reached(calls, roles.own_lengths).to(found)
+    found = ranks.total(found).bool()
+    return replace(roles, vision=roles.vision & found, language=roles.language & found, counted=roles.counted & found)
 
 
 def unreached(rows: Sequence[GroupSearch]) -> dict[int, list[int]]:
@@ -223,26 +234,31 @@ class _Search:
             fold(choice.equalization, made.sources, before, weights, offset)
         return rows
 
-    def group(self, index: int, group: LinearGroup, routes: Mapping[str, Routing]) -> Group | _Skipped:
+    def group(
+        self, index: int, group: LinearGroup, routes: Mapping[str, Routing], roles: TokenRoles
+    ) -> Group | _Skipped:
         """The group as the method sees it, whose traces are still empty; an expert's sees the tokens sent to it."""
-        roles, route, tokens = self.roles, None, None
+        reached, route, tokens = roles, None, None
         if group.routed is not None:
             path, number = group.routed
             route = routes[path].to(number)
             roles = replace(roles, counted=roles.counted & route)
             tokens = int(roles.counted.sum())
-        skipped = partial(_Skipped, targets=GroupTrace(group, look(group, [], roles, route)), tokens=tokens)
+        nothing = replace(roles, counted=torch.zeros_like(roles.counted))
+        skipped = partial(_Skipped, targets=GroupTrace(group, look(group, [], nothing, route)), tokens=tokens)
         quantized = self._quantized_weights(index, group.inspect, group.linears)
         if not quantized:
             return skipped("none of its linears is quantized")
         if tokens == 0:
             return skipped("no calibration token reached this expert")
+        if not roles.counted.any():
+            return skipped("no calibration sample has a picture, without which the block is left out")
         before = self.binding.module(index, group.prev)
         sources = self._sources(index, group, before)
         if isinstance(sources, str):
             return skipped(sources)
         weighing = None if self.weighings is None else self.weighings[group.part][index]
-        weights = self.method.token_weights and self.method.token_weights(self.roles, weighing, self.options)
+        weights = self.method.token_weights and self.method.token_weights(reached, weighing, self.options)
         if weights is not None and group.routed is not None:  # of an error of the mixture's output
             weights = weights * routes[path].share(number) ** POWERS[self.options.norm]
             if not weights.any():
@@ -267,6 +283,8 @@ class _Search:
     def quantized(self, index: int, hidden: torch.Tensor, call: Call) -> torch.Tensor:
         """The block's output with its target linears quantized: weights to nearest, activations as the scheme says."""
         weights = self._quantized_weights(index, "", self.binding.kinds[index].linears())
+        if not call.called:
+            return hidden
         rounded = {path: fake_quantize(weight, self.scheme.weights) for path, weight in weights.items()}
         read = None
         if self.scheme.activations is not None:
@@ -307,11 +325,9 @@ def weighings(sensitivity: Sensitivity | None, options: SearchOptions) -> dict[s
     if sensitivity is None:
         raise ValueError("this method weighs modalities: give the sensitivity that mbq.sensitivity.measure returns")
     ratio = ratios(sensitivity, options.floor)
+    vision = sensitivity.vision or dict.fromkeys(PARTS, (0.0,) * len(ratio[PARTS[0]]))
     return {
-        part: [
-            Weighing(*each)
-            for each in zip(sensitivity.language[part], sensitivity.vision[part], ratio[part], strict=True)
-        ]
+        part: [Weighing(*each) for each in zip(sensitivity.language[part], vision[part], ratio[part], strict=True)]
         for part in PARTS
     }
 

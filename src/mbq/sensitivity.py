@@ -39,12 +39,12 @@ _HALF_PRECISION_SCALE = 1024.0
 class Sensitivity:
     """Mean |dL/dY| of the outputs of attention ("attn", o_proj) and MLP ("mlp", down_proj), a number a block.
 
-    vision    over the vision tokens, averaged over the samples that have some
+    vision    over the vision tokens, averaged over the samples that have some; None where the model has no such tokens
     language  over the positions whose output predicts an answer token, averaged over all samples
     released  the language positions are the answer tokens themselves, as in the released code
     """
 
-    vision: dict[str, tuple[float, ...]]
+    vision: dict[str, tuple[float, ...]] | None
     language: dict[str, tuple[float, ...]]
     released: bool = False
 
@@ -53,8 +53,12 @@ class Sensitivity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Sensitivity:
-        sides = {side: {part: tuple(content[side][part]) for part in PARTS} for side in ("vision", "language")}
-        return cls(**sides, released=content["released"])
+        vision, language = (
+            None if content[side] is None else {part: tuple(content[side][part]) for part in PARTS}
+            for side in ("vision", "language")
+        )
+        assert language is not None
+        return cls(vision, language, content["released"])
 
 
 def measure(
@@ -73,9 +77,10 @@ def measure(
     ``storage`` keeps the blocks' inputs, by default where they are made; ``inputs`` is what ``capture`` gave for the
     process's own part of the batches, if it ran before. Of several ranks each runs its part.
 
-    Raises MBQError where no sample has an image, a sample has no answer, or a loss or gradient is not finite.
+    Raises MBQError where no sample has an image, of a model whose images are tokens; where a sample has no answer; and
+    where a loss or gradient is not finite.
     """
-    if not any(bool(batch.vision.any()) for batch in batches):
+    if binding.vision_tokens and not any(bool(batch.vision.any()) for batch in batches):
         raise MBQError(
             "No calibration sample has an image, so vision cannot be weighed; add images, or quantize by --method awq."
         )
@@ -85,7 +90,7 @@ def measure(
     pictured = sum(int(batch.vision.any(dim=1).sum()) for batch in batches)
     samples = sum(len(batch.labels) for batch in batches)
     vision, language = ranks.total(vision) / pictured, ranks.total(language) / samples
-    return Sensitivity(_by_part(vision), _by_part(language), parity)
+    return Sensitivity(_by_part(vision) if binding.vision_tokens else None, _by_part(language), parity)
 
 
 def sample_means(
@@ -110,9 +115,12 @@ def ratios(sensitivity: Sensitivity, floor: float | None = None) -> dict[str, tu
     """r = vision / language a part and block, raised to at least ``floor`` (None: the median over the part's blocks).
 
     The last block's vision tokens have no gradient, as nothing attends to them any more: its r is 0 before the floor.
+    Of a model without vision tokens every r is 0.
 
     Raises MBQError where a language gradient is zero.
     """
+    if sensitivity.vision is None:
+        return {part: (0.0,) * len(sensitivity.language[part]) for part in PARTS}
     found = {}
     for part in PARTS:
         for block, value in enumerate(sensitivity.language[part]):
@@ -183,6 +191,8 @@ def _block_gradients(
     kind: BlockKind, block: nn.Module, hidden: torch.Tensor, call: Call, passed: torch.Tensor
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The gradient of the block's input, and of the outputs of its parts, from that of its output."""
+    if not call.called:
+        return passed, [torch.zeros_like(passed) for _ in PARTS]
     outputs: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -114,7 +114,7 @@ def _largest_inputs(
     def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise _Seen
 
-    pictured = [batch for batch in batches if batch.vision.any()]
+    pictured = [batch for batch in batches if batch.vision.any() or "pixel_values" in batch.inputs]
     if not pictured:
         raise MBQError("--vision-tower calibrates on images, and the data has none; give rows with images.")
     with hooked() as hooks, evaluating(binding.model):

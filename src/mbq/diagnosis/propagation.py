@@ -161,7 +161,8 @@ class _Pair:
                 self.rounded[path] = fake_quantize(weight, layer.scheme.weights)
                 self.activations = layer.scheme.activations
         # An expert reads a few tokens of its own choice; what all experts read is another group's.
-        self.inputs = [Inputs(group, self.activations) for group in self.kind.groups if group.routed is None]
+        groups = [group for group in self.kind.groups if group.routed is None and group.tokens]
+        self.inputs = [Inputs(group, self.activations) for group in groups]
 
     def read(
         self,
@@ -174,6 +175,8 @@ class _Pair:
         own_call: Call,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The outputs of both blocks for one batch, each for its own model's states."""
+        if not call.called:
+            return hidden, states
         with _parts(original, self.kind) as wanted:
             after = run(original, hidden, call)
         self.finite.append(torch.isfinite(after).all())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mbq.evaluation.packed import on_device
-from mbq.evaluation.questions import encode, prompt_of
+from mbq.evaluation.questions import encode, pictured, prompt_of
 from mbq.progress import Progress, silent
 from mbq.rows import Row
 
@@ -48,7 +48,7 @@ def replies(
     pad = processor.tokenizer.pad_token_id
     ends = model.generation_config.eos_token_id
     options = {"pad_token_id": pad if pad is not None else ends[0] if isinstance(ends, list) else ends, **options}
-    for some in _batches(rows, prompts, batch_size):
+    for some in _batches(rows, prompts, processor, batch_size):
         inputs = encode([prompts[i] for i in some], [rows[i] for i in some], processor, padding_side="left")
         written = model.generate(**on_device(inputs, model), **options)
         new = written[:, inputs["input_ids"].shape[1] :]
@@ -57,9 +57,9 @@ def replies(
     return [texts[i] for i in range(len(rows))]
 
 
-def _batches(rows: Sequence[Row], prompts: Sequence[str], batch_size: int) -> list[list[int]]:
+def _batches(rows: Sequence[Row], prompts: Sequence[str], processor: Any, batch_size: int) -> list[list[int]]:
     """Rows with pictures and rows without apart, the shortest prompts first, so that little is padded."""
-    kinds: dict[bool, list[int]] = {}
+    kinds: dict[int, list[int]] = {}
     for i in sorted(range(len(rows)), key=lambda i: (len(rows[i].images), len(prompts[i]))):
-        kinds.setdefault(bool(rows[i].images), []).append(i)
+        kinds.setdefault(pictured(rows[i], processor), []).append(i)
     return [part[start : start + batch_size] for part in kinds.values() for start in range(0, len(part), batch_size)]

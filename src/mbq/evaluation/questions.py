@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mbq.calibration import CROSS_ATTENTION_MASK
 from mbq.chat import render
 from mbq.errors import MBQError
 from mbq.progress import Progress, silent
@@ -164,10 +165,12 @@ def prepare(rows: Sequence[Row], processor: Any, batch_size: int = 64, progress:
     tokens, groups = _tokenized(rows, prompts, processor, batch_size, progress)
     lengths = [_packed_length(group, tokens, answers) for group in groups]
     # sequences with and without pictures never share a batch: pixel values are there for all, or for none
-    order = sorted(range(len(groups)), key=lambda i: (bool(rows[groups[i][0]].images), lengths[i]))
+    kinds = [pictured(rows[group[0]], processor) for group in groups]
+    order = sorted(range(len(groups)), key=lambda i: (kinds[i], lengths[i]))
     end = processor.tokenizer.eos_token_id
     batches = [
-        _batch([groups[i] for i in chosen], tokens, answers, end) for chosen in _chunks(order, groups, rows, batch_size)
+        _batch([groups[i] for i in chosen], tokens, answers, end)
+        for chosen in _chunks(order, groups, kinds, batch_size)
     ]
     return Questions(
         rows=rows,
@@ -252,15 +255,24 @@ def _packed_length(group: list[int], tokens: dict[int, list[int]], answers: list
     return common + sum(len(tokens[i]) - common + len(answers[i]) for i in group)
 
 
-def _chunks(order: list[int], groups: list[list[int]], rows: list[Row], batch_size: int) -> list[list[int]]:
-    """Consecutive groups of at least ``batch_size`` questions in all, with pictures and without apart."""
+def pictured(row: Row, processor: Any) -> int:
+    """What rows of one batch must have in common: whether they show pictures.
+
+    How many, where cross-attention reads them: a token before the first picture sees all that is there, and would see
+    what fills up the places of others.
+    """
+    names = getattr(processor, "model_input_names", ())
+    return len(row.images) if CROSS_ATTENTION_MASK in names else int(bool(row.images))
+
+
+def _chunks(order: list[int], groups: list[list[int]], kinds: list[int], batch_size: int) -> list[list[int]]:
+    """Consecutive groups of at least ``batch_size`` questions in all, those of different kinds apart."""
     chunks: list[list[int]] = []
     questions, kind = batch_size, None
     for i in order:
-        pictured = bool(rows[groups[i][0]].images)
-        if questions >= batch_size or pictured != kind:
+        if questions >= batch_size or kinds[i] != kind:
             chunks.append([])
-            questions, kind = 0, pictured
+            questions, kind = 0, kinds[i]
         chunks[-1].append(i)
         questions += len(groups[i])
     return chunks

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mbq.calibration import CROSS_ATTENTION_MASK
 from mbq.evaluation.packed import PackedDecoder, on_device
 from mbq.evaluation.questions import Batch, Questions, encode
 from mbq.progress import Progress, silent
@@ -82,6 +83,9 @@ def _plain_logits(model: Any, questions: Questions, batch: Batch) -> torch.Tenso
         for name, value in inputs.items()
         if isinstance(value, torch.Tensor) and value.shape == shape
     }
+    if CROSS_ATTENTION_MASK in inputs:  # [question, token, ...]: what follows sees what the last token sees
+        columns = torch.arange(width).clamp(max=shape[1] - 1)
+        inputs[CROSS_ATTENTION_MASK] = inputs[CROSS_ATTENTION_MASK][:, columns]
     inputs["input_ids"][batch.question, place] = batch.labels
     inputs["attention_mask"][batch.question, place] = 1
     wanted, column = (place - 1).unique(return_inverse=True)

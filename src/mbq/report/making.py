@@ -41,6 +41,7 @@ def sensitivity_panel(subjects: Sequence[Subject]) -> Panel | None:
         used = values.get(key(label, part, block, "raised to the floor"))
         rows.append([label, PARTS[part], str(block), *(number(value) for value in (*found.values(), used))])
     head = ("model", "part", "block", "language", "vision", "vision / language", "floor", "raised to the floor")
+    untold = [subject.label for subject in having if (subject.records.sensitivity or {}).get("vision") is None]
     dark = sorted({row["block"] for row in gradients if row["series"] == "vision" and row["value"] == 0})
     notes = [
         "Mean absolute gradient of the answer's loss at the outputs of attention and MLP, over the positions that "
@@ -48,6 +49,7 @@ def sensitivity_panel(subjects: Sequence[Subject]) -> Panel | None:
         "MBQ's released objective lets a vision token's error weigh the ratio of the two, raised to its floor: the "
         "median over the blocks, unless the recipe names another.",
     ]
+    notes += [f"No vision tokens stand in the sequence of {label}: there is nothing to balance." for label in untold]
     if dark:
         notes.append(
             f"No vision gradient in block {', '.join(map(str, dark))}: nothing attends to vision tokens after it, and "
@@ -79,7 +81,7 @@ def sensitivity_panel(subjects: Sequence[Subject]) -> Panel | None:
 def _gradients(subject: Subject) -> Iterator[dict[str, Any]]:
     content = subject.records.sensitivity or {}
     for part in PARTS:
-        for series in MODALITIES:
+        for series in (series for series in MODALITIES if content[series] is not None):
             for block, value in enumerate(content[series][part]):
                 yield {"model": subject.label, "part": part, "block": block, "series": series, "value": float(value)}
 
@@ -87,7 +89,7 @@ def _gradients(subject: Subject) -> Iterator[dict[str, Any]]:
 def _ratios(subject: Subject) -> Iterator[dict[str, Any]]:
     """As ``mbq.sensitivity.ratios`` has them; a test holds the two together."""
     content, given = subject.records.sensitivity or {}, (subject.records.recipe or {}).get("floor")
-    for part in PARTS:
+    for part in PARTS if content["vision"] is not None else ():
         pairs = zip(content["vision"][part], content["language"][part], strict=True)
         raw = [float(vision / language) for vision, language in pairs]
         floor = float(median(raw) if given is None else given)
