@@ -139,6 +139,8 @@ def test_a_quantized_folder_comes_back(family: str, tmp_path: Path) -> None:
         result = mbq.quantize(
             model, processor, data=rows_for(family), output=tmp_path / "out", gqa_fold=True, **options
         )
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("there was nothing to balance" in card) == (family in READ_ASIDE)
     skipped = [(each.block, each.group) for each in result.search if each.skipped]
     assert skipped == NOT_SEARCHED.get(family, [])
     given = inputs(processor, images=PICTURES.get(family, 2))

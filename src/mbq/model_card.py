@@ -93,6 +93,11 @@ processor = AutoProcessor.from_pretrained("{folder}")
 """
 
 
+_UNBALANCED = """Pictures are no tokens of this model, so there was nothing to balance: only the positions that predict
+answers weighed anything, and `sensitivity.json` has no vision side.
+"""
+
+
 def model_card(
     recipe: Recipe,
     recipe_yaml: str,
@@ -105,13 +110,16 @@ def model_card(
     kept: tuple[str, ...],
     files: tuple[str, ...],
     megabytes: tuple[float, float],
+    balanced: bool = True,
 ) -> str:
     """The card as Markdown with the hub's front matter.
 
     ``inherited`` are the front matter's fields of the float model's card, ``transformers`` and ``vllm`` what the
     sections on these engines say, ``kept`` the patterns of what stays in 16 bits, ``files`` the names of the files
-    beside the card, ``megabytes`` the sizes of the weights before and after.
+    beside the card, ``megabytes`` the sizes of the weights before and after. ``balanced`` is False for a method that
+    weighs modalities and a model without vision tokens.
     """
+    tower = f"The vision tower's blocks are {recipe.vision_tower}, by SmoothQuant.\n" if recipe.vision_tower else ""
     return _CARD.format(
         front_matter=front_matter(
             base_model,
@@ -126,7 +134,7 @@ def model_card(
         method=METHOD_NAMES.get(recipe.method, recipe.method),
         weights=_weights(recipe),
         activations=_activations(recipe),
-        tower=f"The vision tower's blocks are {recipe.vision_tower}, by SmoothQuant.\n" if recipe.vision_tower else "",
+        tower=tower if balanced else tower + _UNBALANCED,
         before=megabytes[0],
         after=megabytes[1],
         kept="In 16 bits: " + ", ".join(f"`{pattern}`" for pattern in kept) + "." if kept else "",
@@ -158,8 +166,7 @@ def _trust_option(recipe: Recipe) -> str:
 
 
 _FILES = {
-    "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens; "
-    "null where the model has no vision tokens.",
+    "sensitivity.json": "`sensitivity.json` holds the loss gradient of each block for vision and for language tokens.",
     "search.json": "`search.json` holds the chosen alpha and the loss at every alpha, a group of linears a row.",
     "measurements.json": "`measurements.json` holds what the run took: seconds a step, bytes, memory.",
     "report.html": "`report.html` shows all of it, in any browser.",

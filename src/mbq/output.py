@@ -98,6 +98,7 @@ def write_folder(
             kept=tuple(ignore),
             files=(*(file.name for file in sorted(folder.iterdir())), *(["report.html"] if report else [])),
             megabytes=(found.bytes_before / 1e6, sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6),
+            balanced=found.sensitivity is None or found.sensitivity.vision is not None,
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
         if report:
