@@ -18,12 +18,13 @@ from mbq.calibration import NO_LABEL, CalibrationBatch, encode, language_mask
 from mbq.diagnosis.propagation import propagate
 from mbq.errors import MBQError, MBQWarning
 from mbq.evaluation import prepare
+from mbq.evaluation.questions import prompt_of
 from mbq.evaluation.scoring import _plain_logits
 from mbq.figures import NO_VISION, save_sensitivity_picture, sensitivity_table
 from mbq.importance import importance
 from mbq.methods import METHODS, SearchOptions
 from mbq.report.making import sensitivity_panel
-from mbq.rows import Row
+from mbq.rows import Row, text_of
 from mbq.scheme import scheme_named
 from mbq.search import GroupSearch, equalize_model
 from mbq.sensitivity import Sensitivity, measure, ratios
@@ -86,7 +87,7 @@ def test_the_language_side_of_the_sensitivity_stands_alone(tmp_path: Path) -> No
     content = json.loads(json.dumps(found.to_json()))
     assert content["vision"] is None
     assert Sensitivity.from_json(content) == found
-    assert ratios(found) == {"attn": (0.0, 0.0), "mlp": (0.0, 0.0)}
+    assert ratios(found) == {"attn": (0.0,) * 3, "mlp": (0.0,) * 3}
     console = Console(record=True, width=200)
     console.print(sensitivity_table(found))
     text = " ".join(console.export_text().split())
@@ -98,7 +99,7 @@ def test_the_language_side_of_the_sensitivity_stands_alone(tmp_path: Path) -> No
     panel = sensitivity_panel(folder(tmp_path / "model"))
     assert panel is not None
     assert any("No vision tokens stand in the sequence of" in note for note in panel.notes)
-    assert len(panel.tables[0].rows) == 4
+    assert len(panel.tables[0].rows) == 2 * 3
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "mse"}, {"objective": "paper"}])
@@ -193,8 +194,13 @@ def test_questions_about_several_pictures_are_seen_as_if_alone() -> None:
 
 
 def _alone(model: Any, processor: Any, asked: Row) -> torch.Tensor:
-    single = prepare([asked], processor)
-    return _plain_logits(model, single, single.batches[0])
+    """The logits that predict the answer and its end, by the processor's own inputs for question and answer."""
+    text = prompt_of(asked, processor) + text_of(asked.messages[-1])
+    pictures = [asked.open_images()] if asked.images else None
+    given = processor(text=[text], images=pictures, return_tensors="pt", add_special_tokens=False)
+    answer = processor.tokenizer(text_of(asked.messages[-1]), add_special_tokens=False)["input_ids"]
+    assert given["input_ids"][0, -len(answer) :].tolist() == answer
+    return model(**given).logits[0, -len(answer) - 1 :]
 
 
 def test_samples_are_cut_behind_their_pictures() -> None:

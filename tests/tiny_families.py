@@ -1,7 +1,7 @@
 """Random two-block models of further families, with real processors: what tests/tiny.py is to the first four.
 
 ``tiny(family)`` returns ``(model, processor)``; ``BUILDERS`` has their names. Blocks are 64 channels wide, two heads of
-32; but for LLaVA-1.5's they share one head of keys and values.
+32; but for LLaVA-1.5's they share one head of keys and values. Llama 3.2 Vision's are three.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ def _blip2() -> tuple[Any, Any]:
 
 
 def _mllama() -> tuple[Any, Any]:
-    """A block with self-attention, and one with cross-attention; the image token has an embedding, but no logit."""
+    """A block with cross-attention between two with self-attention; the image token has an embedding, but no logit."""
     tokens = tokenizer(["<|python_tag|>", "<|begin_of_text|>", "<|image|>"])
     tokens.bos_token = "<|begin_of_text|>"
     begin = "{%- if loop.first %}{{- '<|begin_of_text|>' }}{%- endif %}\n"
@@ -379,11 +379,12 @@ def _mllama() -> tuple[Any, Any]:
         "intermediate_layers_indices": [0],
         "vision_output_dim": 64,
     }
-    text = text_config(tokens, bos_token_id=tokens.bos_token_id, cross_attention_layers=[1])
     image = tokens.convert_tokens_to_ids("<|image|>")
+    more = {"vocab_size": image, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    text = {**text_config(tokens, bos_token_id=tokens.bos_token_id), **more}
     config = MllamaConfig(
         vision_config={**vision, "attention_heads": vision.pop("num_attention_heads")},
-        text_config={**text, "vocab_size": image},
+        text_config=text,
         image_token_index=image,
     )
     return MllamaForConditionalGeneration(config), processor
