@@ -12,7 +12,6 @@ import pytest
 from rich.console import Console
 
 from benchmarks import results as bench
-from benchmarks import sensitivity as sensitivity_page
 from benchmarks.results_page import page
 from mbq.errors import MBQError
 from mbq.evaluation import Results, run
@@ -208,28 +207,3 @@ def test_the_page_states_the_figures_of_the_stored_runs(tmp_path: Path) -> None:
     assert [float(figure) for figure in shown.groups()] == pytest.approx([100 * value for value in wanted], abs=0.051)
     towns = next(line for line in text.splitlines() if line.startswith("| towns"))
     assert f"{100 * found['rtn', 0].correct['towns'].mean():.1f} (" in towns
-
-
-def test_sensitivity_page_holds_a_table_and_a_picture(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sensitivity_page, "SAMPLES", 3)
-    sensitivity_page.main(
-        [
-            "--models",
-            str(folders / "models"),
-            "--families",
-            "internvl",
-            "--output",
-            str(tmp_path),
-            "--calibrate",
-            "colour",
-        ]
-    )
-    text = (tmp_path / "sensitivity.md").read_text()
-    assert (tmp_path / "sensitivity-internvl.png").read_bytes().startswith(b"\x89PNG")
-    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)]
-    assert len(rows) == 2
-    language, vision, ratio = (float(cell) for cell in rows[0][1:4])
-    assert ratio == pytest.approx(language / vision, rel=0.02, abs=0.06)
-    assert rows[-1][3] == "no vision gradient", "nothing attends to the last block's vision tokens"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -20,6 +23,18 @@ def test_the_page_of_sensitivity_shows_what_is_stored() -> None:
     assert {name: found[name][0]["weights"] for name in kept} == {
         name: weights_hash(ROOT / "models" / name) for name in kept
     }
+
+
+def test_writing_it_measures_nothing_and_draws_the_pictures(tmp_path: Path) -> None:
+    sensitivity.main(["--write", "--output", str(tmp_path)])
+    text = (tmp_path / "sensitivity.md").read_text(encoding="utf-8")
+    assert text == (ROOT / "docs" / "sensitivity.md").read_text(encoding="utf-8")
+    for family in ("internvl", "llava_onevision", "qwen2_vl"):
+        assert (tmp_path / f"sensitivity-{family}.png").read_bytes().startswith(b"\x89PNG")
+    rows = [line.split(" | ") for line in text.splitlines() if re.match(r"\| \d", line)][:4]  # LLaVA-OneVision's
+    language, vision, ratio = (float(cell.split()[0]) for cell in rows[0][1:4])
+    assert ratio == pytest.approx(language / vision, rel=0.02)
+    assert rows[-1][3] == "no vision gradient", "nothing attends to the last block's vision tokens"
 
 
 def test_ratios_are_of_means_and_their_intervals_of_samples() -> None:

@@ -136,7 +136,8 @@ def test_written_rows_name_pictures_that_are_there(tmp_path):
     assert [row["task"] for row in rows] == ["motto"] * 3 + ["towns"] * 3
     for row in rows[:3]:
         image = row["messages"][0]["content"][0]["image"]
-        assert Image.open(path.parent / image).size == (PIXELS, PIXELS)
+        with Image.open(path.parent / image) as picture:
+            assert picture.size == (PIXELS, PIXELS)
     assert [part["type"] for part in rows[3]["messages"][0]["content"]] == ["text"]
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,12 @@ class Questions:
     digest: str
     kept: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    @property
+    @cached_property
     def tasks(self) -> list[str]:
+        """[row] what it is counted under."""
         return [task_of(row) for row in self.rows]
 
-    @property
+    @cached_property
     def members(self) -> dict[str, np.ndarray]:
         """task -> the numbers of its rows."""
         tasks = np.array(self.tasks)
